@@ -1,0 +1,115 @@
+"""The head's collectives under names of the domain: every byte that the head sends goes through this file.
+
+Legend: W ranks, b rows of this rank, B rows of the global batch, d embedding size. The process group is read once and
+becomes integers. Each call is counted by name in :attr:`HeadGroup.calls`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these two; the older releases that are supported know the first names only.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
+class HeadGroup:
+    """The ranks that share one head.
+
+    Args:
+        process_group: the group; None: the default group where one is initialised, else a single process.
+
+    Attributes:
+        rank: this process in the group.
+        world_size: W.
+        calls: how often each collective ran, by name.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._group = process_group
+        if process_group is None and not (dist.is_available() and dist.is_initialized()):
+            self.rank, self.world_size = 0, 1
+        else:
+            self.rank, self.world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.calls: Counter[str] = Counter()
+
+    def gather_sizes(self, rows: int, device: torch.device) -> list[int]:
+        """Rows of each rank's batch, where they may differ (one integer a rank)."""
+        if self.world_size == 1:
+            return [rows]
+        sizes = torch.empty(self.world_size, dtype=torch.int64, device=device)
+        self._gather("sizes", sizes, torch.tensor([rows], dtype=torch.int64, device=device))
+        return sizes.tolist()
+
+    def gather_labels(self, labels: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Labels ``[b]`` of every rank, in rank order: ``[B]``."""
+        return self._gather_rows("labels", labels, sizes)
+
+    def gather_embeddings(self, embeddings: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Embeddings ``[b, d]`` of every rank, in rank order: ``[B, d]``."""
+        return self._gather_rows("embeddings", embeddings, sizes)
+
+    def sum_target_cosines(self, cosine: Tensor) -> Tensor:
+        """Target cosines ``[B]``, each known to its owner and 0 elsewhere: the same on all ranks. In place."""
+        if self.world_size > 1:
+            self.calls["target_cosines"] += 1
+            dist.all_reduce(cosine, group=self._group)
+        return cosine
+
+    def gather_normalizers(self, parts: Tensor) -> Tensor:
+        """Each shard's partial normalizers ``[n, B]`` (maximum, sum, and what goes with them): ``[W, n, B]``."""
+        return self._stack("normalizers", parts)
+
+    def scatter_embedding_gradient(self, gradient: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Sum of the shards' gradients ``[B, d]``, each rank receiving its own rows: ``[b, d]``."""
+        if self.world_size == 1:
+            return gradient
+        most = max(sizes)
+        if min(sizes) < most:
+            padded = gradient.new_zeros(self.world_size, most, *gradient.shape[1:])
+            for row, part in zip(padded, gradient.split(list(sizes)), strict=True):
+                row[: len(part)] = part
+            gradient = padded.flatten(0, 1)
+        mine = gradient.new_empty(most, *gradient.shape[1:])
+        self.calls["embedding_gradient"] += 1
+        _reduce_scatter(mine, gradient.contiguous(), group=self._group)
+        return mine[: sizes[self.rank]]
+
+    def gather_candidates(self, candidates: Tensor) -> Tensor:
+        """Each shard's top-k values or classes ``[B, k]`` of :meth:`PartialFC.topk`: ``[W, B, k]``."""
+        return self._stack("candidates", candidates)
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """Sum of a small tensor (a squared norm, a count) over the shards. In place."""
+        if self.world_size > 1:
+            self.calls["sums"] += 1
+            dist.all_reduce(value, group=self._group)
+        return value
+
+    def _stack(self, name: str, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor[None]
+        stacked = tensor.new_empty(self.world_size, *tensor.shape)
+        self._gather(name, stacked, tensor.contiguous())
+        return stacked
+
+    def _gather_rows(self, name: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        if self.world_size == 1:
+            return rows
+        most = max(sizes)
+        if len(rows) < most:
+            rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        gathered = rows.new_empty(self.world_size, most, *rows.shape[1:])
+        self._gather(name, gathered, rows.contiguous())
+        if min(sizes) == most:
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    def _gather(self, name: str, output: Tensor, tensor: Tensor) -> None:
+        self.calls[name] += 1
+        _all_gather(output.flatten(), tensor.flatten(), group=self._group)

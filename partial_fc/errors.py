@@ -1,0 +1,25 @@
+"""The typed errors of the package: each says what, the value got, what was expected, where, and the next step."""
+
+
+class PartialFCError(Exception):
+    """Base of every error that the package raises on purpose. The command line shows it as one line, without a trace."""
+
+
+class ConfigError(PartialFCError, ValueError):
+    """A configuration key, type or value that can't be used; or arguments of a class that contradict each other."""
+
+
+class DataError(PartialFCError):
+    """A data set file that can't be read as what it should be. The message names the file and, where known, the offset."""
+
+
+class LabelError(PartialFCError, ValueError):
+    """A label outside ``[0, num_classes)``. Raised on every rank; the message names the rank, the row and the label."""
+
+
+class NonFiniteError(PartialFCError, ArithmeticError):
+    """A NaN or infinity in the embeddings or the loss. Raised on every rank; nothing was trained on it."""
+
+
+class CheckpointError(PartialFCError):
+    """A saved model that can't be read or doesn't fit what it is loaded into."""

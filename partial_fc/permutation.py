@@ -1,0 +1,115 @@
+"""Keyed pseudo-random permutations, evaluated per index: nothing is stored, whatever the range.
+
+Everything random in this package is a pure function of (seed, position). This file holds the two functions that the
+rest is made of: a hash of integers, and a permutation of ``range(n)`` that a key selects. Both are the same on every
+machine and device, because they use integer operations only.
+
+The permutation is an alternating (unbalanced) Feistel network over the next power of two, restricted to ``range(n)`` by
+cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). It's statistical, not
+cryptographic. The 32-bit mixer is "lowbias32" (C. Wellons, "Prospecting for hash functions", 2018), the 64-bit one
+SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+
+The arrays may be NumPy int64 arrays or torch int64 tensors: only operators are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+_ROUNDS = 6
+_MIN_BITS = 8
+
+# A NumPy int64 array or a torch int64 tensor.
+IntArray = TypeVar("IntArray", bound=Any)
+
+
+def hash64(*parts: int) -> int:
+    """Hash integers (of any size and sign, order matters) into 64 bits, the same everywhere.
+
+    >>> hash64(1, 2) == hash64(1, 2), hash64(1, 2) == hash64(2, 1)
+    (True, False)
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        word = part & _MASK64
+        high = (part >> 64) if part >= 0 else ~((~part) >> 64)
+        for value in (word,) if high in (0, -1) else (word, high & _MASK64):
+            state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+            state ^= state >> 31
+    return state
+
+
+def mix32(x: IntArray) -> IntArray:
+    """Mix the low 32 bits of each element; the result is in ``[0, 2**32)``. Overflow of int64 wraps, as intended."""
+    x = x & _MASK32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def permute_bits(index: IntArray, bits: int, key: int | IntArray) -> IntArray:
+    """Permute ``range(2**bits)``: the image of each element of ``index``.
+
+    Args:
+        index: int64 array of values in ``[0, 2**bits)``.
+        bits: 2 to 62.
+        key: 32-bit key, or an int64 array of such keys that broadcasts with ``index`` (a permutation per element).
+    """
+    low_bits = bits // 2
+    high_bits = bits - low_bits
+    left = index >> low_bits
+    right = index & ((1 << low_bits) - 1)
+    left_bits, right_bits = high_bits, low_bits
+    for round_ in range(_ROUNDS):
+        mask = (1 << left_bits) - 1
+        noise = mix32(mix32(right + round_ * 0x9E3779B1) ^ key)
+        left, right = right, (left ^ noise) & mask
+        left_bits, right_bits = right_bits, left_bits
+    # An even number of rounds: the halves have their first widths again.
+    return (left << low_bits) | right
+
+
+def random_unit(key: int, streams: int, index: np.ndarray) -> np.ndarray:
+    """Uniform numbers in ``[0, 1)`` that are functions of (key, index): float64 array ``[len(index), streams]``.
+
+    Args:
+        key: any integer, mixed by :func:`hash64`.
+        streams: how many independent numbers per index.
+        index: int64 array ``[n]``, values from 0 to 2**62.
+    """
+    low_key, high_key = hash64(key) & _MASK32, hash64(key) >> 32
+    columns = np.arange(streams, dtype=np.int64)
+    base = mix32(mix32(index[:, None] ^ low_key) + mix32((index[:, None] >> 32) ^ high_key))
+    return mix32(base + mix32(columns * 0x9E3779B1 + high_key)) / 2.0**32
+
+
+class KeyedPermutation:
+    """A permutation of ``range(n)``, chosen by ``key``; calling it maps indices to their images.
+
+    Args:
+        n: size of the range, 1 to 2**62.
+        key: any integer.
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        if not 1 <= n <= 1 << 62:
+            raise ValueError(f"a permutation needs 1 <= n <= 2**62, got n={n}")
+        self.n = n
+        self._bits = max(_MIN_BITS, (n - 1).bit_length())
+        self._key = hash64(key) & _MASK32
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Map an int64 array with values in ``[0, n)`` to the values' images, each in ``[0, n)``."""
+        image = permute_bits(index, self._bits, self._key)
+        outside = np.flatnonzero(image >= self.n)
+        while outside.size:
+            walked = permute_bits(image[outside], self._bits, self._key)
+            image[outside] = walked
+            outside = outside[walked >= self.n]
+        return image
