@@ -4,7 +4,7 @@ Legend: W ranks, b rows of this rank, B rows of the global batch, d embedding si
 its classes, or the sampled ones), K candidates of ``top_k``. "Global" tensors are the same on every rank.
 
 Forward walks the local classes in chunks and keeps a maximum and a sum per row; backward makes each chunk's cosines
-again. Nothing of size B x P exists. The four collectives stand in :func:`_forward` and :func:`_backward` in their order.
+again. Nothing of size B x P exists. :func:`_forward` and :func:`_backward` show the four collectives in their order.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class ShardedSoftmax(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """W x the gradient of the embeddings ``[b, d]``, and the weight's (None where an updater took it)."""
         weight, *saved = ctx.saved_tensors
@@ -292,9 +292,7 @@ def _walk_forward(
             filter_above=definition.negatives.filter_above,
             top_k=top_k,
         )
-        maximum_B, total_B = merge_sums(
-            torch.stack([maximum_B, part.maximum_B]), torch.stack([total_B, part.total_B])
-        )
+        maximum_B, total_B = merge_sums(torch.stack([maximum_B, part.maximum_B]), torch.stack([total_B, part.total_B]))
         if counts_B is not None and part.support_vectors_B is not None:
             counts_B += part.support_vectors_B
         if part.candidate_cosine_BK is not None and part.candidate_column_BK is not None:
@@ -320,7 +318,7 @@ def _cosines(
 
 
 def _merge(local: _LocalNormalizer, step: Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Merge the shards: (max, sum) of the negatives, support vectors a sample, and which candidates of ours are kept."""
+    """Merge the shards: (max, sum) of the negatives, support vectors a sample, and our candidates that are kept."""
     group, negatives, scale = step.definition.group, step.definition.negatives, step.definition.scale
     rows = [local.maximum_B[None], local.total_B[None]]
     if local.support_vectors_B is not None:
@@ -410,7 +408,7 @@ def _backward(
 def _centre_gradient(
     gradient_BP: Tensor, unit_Bd: Tensor, centres_Pd: Tensor, inverse_norm_P: Tensor, compute_dtype: torch.dtype
 ) -> Tensor:
-    """d loss / d w of a chunk, ``[P, d]``: the projection of the unscaled product off each centre's direction.
+    """The loss by the centres of a chunk, ``[P, d]``: the product without its part along each centre.
 
     ``gradient_BP`` is divided by |w_j| already, so with v = gradient^T unit: dw = v - w <v, w> / |w|^2.
     """

@@ -2,7 +2,13 @@
 
 
 class PartialFCError(Exception):
-    """Base of every error that the package raises on purpose. The command line shows it as one line, without a trace."""
+    """Base of every error that the package raises on purpose; the command line shows it as one line.
+
+    Attributes:
+        rank: the rank that alone raises it; None where every rank does.
+    """
+
+    rank: int | None = None
 
 
 class ConfigError(PartialFCError, ValueError):
@@ -10,7 +16,7 @@ class ConfigError(PartialFCError, ValueError):
 
 
 class DataError(PartialFCError):
-    """A data set file that can't be read as what it should be. The message names the file and, where known, the offset."""
+    """A data set file that isn't what it should be; the message names the file and, where known, the offset."""
 
 
 class LabelError(PartialFCError, ValueError):

@@ -34,6 +34,9 @@ from partial_fc.sharding import ClassShards
 _INIT_BLOCK = 4096
 _INIT_STD = 0.01
 _INIT_STREAM = 0x1417
+# Frozen, so one instance may serve all heads.
+_DEFAULT_MARGIN = CosFace()
+_DEFAULT_NEGATIVES = SupportVectors()
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class PartialFC(nn.Module):
         self,
         embedding_size: int,
         num_classes: int,
-        margin: Margin = CosFace(),
-        negatives: Negatives = SupportVectors(),
+        margin: Margin = _DEFAULT_MARGIN,
+        negatives: Negatives = _DEFAULT_NEGATIVES,
         mining: None = None,
         scale: float = 64.0,
         sample_rate: float = 1.0,

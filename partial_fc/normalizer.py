@@ -1,4 +1,4 @@
-"""Exact merge of the shards' partial normalizers: pure maths on (row max, row sum of exponentials, top-k candidates)."""
+"""Exact merge of the shards' partial normalizers (row max, row sum, top-k candidates): pure maths on tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_terms(row_max: Tensor, row_sum: Tensor, terms: Tensor) -> tuple[Tensor, 
 
 
 def log_normalizer(row_max: Tensor, row_sum: Tensor) -> Tensor:
-    """log sum_j e^{z_j}, ``[B]``; -inf where there is no term."""
+    """Logarithm of sum_j e^{z_j}, ``[B]``; -inf where there is no term."""
     return row_max + torch.log(row_sum)
 
 

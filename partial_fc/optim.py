@@ -38,9 +38,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 for param in group["params"]:
                     param.row_updater = self._updater(param, group)
 
-    def _updater(
-        self, param: Tensor, group: dict[str, Any]
-    ) -> Callable[[slice | Tensor, Tensor, Tensor | None], None]:
+    def _updater(self, param: Tensor, group: dict[str, Any]) -> Callable[[slice | Tensor, Tensor, Tensor | None], None]:
         def update(rows: slice | Tensor, gradient: Tensor, gate: Tensor | None) -> None:
             self._update(param, group, rows, gradient, gate)
 
@@ -89,15 +87,15 @@ class RowOptimizer(torch.optim.Optimizer):
         if most is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient.mul_((most / norm.clamp_min(1e-30)).clamp_max(1))
-        if gate is None:
-            self._update_rows(param, group, rows, gradient, None)
-        else:
-            self._update_rows(param, group, rows, gradient.masked_fill_(~gate, 0), gate.to(gradient.dtype))
+        closed = None if gate is None else ~gate
+        if closed is not None:
+            gradient.masked_fill_(closed, 0)
+        self._update_rows(param, group, rows, gradient, closed)
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, open_: Tensor | None
+        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
     ) -> None:
-        """The optimizer's formula; ``open_`` is 1 or 0 (leave all as it is), or None for 1."""
+        """The optimizer's formula; where ``closed`` (0-dim bool) is True all stays as it is."""
         raise TypeError(f"{type(self).__name__} is not an optimizer: use RowSGD or RowAdamW")
 
     def _rows_of(self, param: Tensor, name: str) -> Tensor:
@@ -151,19 +149,19 @@ class RowSGD(RowOptimizer):
         super().__init__(params, defaults, in_backward=in_backward)
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, open_: Tensor | None
+        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
     ) -> None:
         if group["weight_decay"]:
             # A closed gate takes the decay away, too.
-            gradient.add_(param[rows] if open_ is None else param[rows] * open_, alpha=group["weight_decay"])
+            gradient.add_(_unless(closed, param[rows]), alpha=group["weight_decay"])
         if group["momentum"]:
             buffer = self._rows_of(param, "momentum_buffer")
-            kept = group["momentum"] if open_ is None else torch.where(open_ > 0, group["momentum"], 1.0)
+            kept = group["momentum"] if closed is None else torch.where(closed, 1.0, group["momentum"])
             moved = buffer[rows].mul_(kept).add_(gradient)
             if isinstance(rows, Tensor):
                 buffer.index_copy_(0, rows, moved)
             gradient = gradient.add_(moved, alpha=group["momentum"]) if group["nesterov"] else moved
-        _subtract(param, rows, gradient if open_ is None else gradient * open_, group["lr"])
+        _subtract(param, rows, _unless(closed, gradient), group["lr"])
 
 
 class RowAdamW(RowOptimizer):
@@ -204,17 +202,17 @@ class RowAdamW(RowOptimizer):
         super().__init__(params, defaults, in_backward=in_backward)
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, open_: Tensor | None
+        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
     ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self._rows_of(param, "exp_avg"), self._rows_of(param, "exp_avg_sq")
         steps = self.state[param].setdefault("steps", torch.zeros(len(param), device=param.device))
         hold1, hold2 = beta1, beta2
-        if open_ is not None:
-            hold1, hold2 = torch.where(open_ > 0, beta1, 1.0), torch.where(open_ > 0, beta2, 1.0)
+        if closed is not None:
+            hold1, hold2 = torch.where(closed, 1.0, beta1), torch.where(closed, 1.0, beta2)
         new_mean = mean[rows].mul_(hold1).add_(gradient, alpha=1 - beta1)
         new_square = square[rows].mul_(hold2).addcmul_(gradient, gradient, value=1 - beta2)
-        count = steps[rows].add_(1 if open_ is None else open_)
+        count = steps[rows].add_(1 if closed is None else ~closed)
         if isinstance(rows, Tensor):
             mean.index_copy_(0, rows, new_mean)
             square.index_copy_(0, rows, new_square)
@@ -222,7 +220,12 @@ class RowAdamW(RowOptimizer):
         count = count.to(torch.float64 if param.dtype == torch.float64 else torch.float32).clamp_min(1)[:, None]
         root = new_square.sqrt().div_((1 - beta2**count).sqrt()).add_(group["eps"])
         change = (new_mean / (1 - beta1**count)).div_(root).add_(param[rows], alpha=group["weight_decay"])
-        _subtract(param, rows, change if open_ is None else change * open_, group["lr"])
+        _subtract(param, rows, _unless(closed, change), group["lr"])
+
+
+def _unless(closed: Tensor | None, value: Tensor) -> Tensor:
+    """The value, or zeros where ``closed`` (a product with 0 would keep a NaN)."""
+    return value if closed is None else value.masked_fill(closed, 0)
 
 
 def _subtract(param: Tensor, rows: slice | Tensor, change: Tensor, lr: float) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks import RankPool
+
+# Examples are drawn anew from the same seed on each run, and a busy machine is no failure.
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,123 @@
+"""The command line: ``partial-fc`` = ``python -m partial_fc``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from partial_fc.errors import PartialFCError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train and evaluate classifiers with very many classes.",
+)
+
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the configuration, such as train.steps=1000."),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration, a YAML file.")], overrides: _Overrides = None
+) -> None:
+    """Train. Start it with torchrun for several ranks, alone for one."""
+    with _one_line_errors():
+        from partial_fc.config import load_config
+        from partial_fc.train import Trainer, joined_ranks
+
+        settings = load_config(config, overrides or [])
+        with joined_ranks(settings) as place:
+            Trainer(settings, place).fit()
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, with config.yaml and model.")],
+    overrides: _Overrides = None,
+    report: Annotated[bool, typer.Option(help="Write report.md and its pictures into the run's folder.")] = True,
+) -> None:
+    """Verify a run's saved model on its evaluate.sets. Start it with torchrun for several ranks, alone for one."""
+    with _one_line_errors():
+        from partial_fc.config import load_config
+        from partial_fc.report import write_report
+        from partial_fc.train import describe, evaluate_saved, joined_ranks
+
+        if not (run / "config.yaml").is_file():
+            raise PartialFCError(f"{run}: no run is there, expected a folder with config.yaml and model")
+        settings = load_config(run / "config.yaml", overrides or [])
+        with joined_ranks(settings) as place:
+            results = evaluate_saved(settings, run, place)
+            if place.rank == 0:
+                for name, result in results.items():
+                    print(describe(name, result))
+                if report:
+                    print(f"report        {write_report(run, results)}")
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Option(help="Configuration of the demonstration.")] = Path("configs/demo.yaml"),
+    overrides: _Overrides = None,
+) -> None:
+    """Make a data set where there is none, train on it with torchrun, evaluate, and say where everything is."""
+    with _one_line_errors():
+        from partial_fc.demo import run_demo
+
+        run_demo(config, overrides or [])
+
+
+def main() -> None:
+    """Entry point of ``partial-fc``."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """An expected error becomes a line and exit code 1; one that all ranks share is shown by the first of a machine."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except PartialFCError as error:
+        if error.rank is not None:
+            print(f"error: rank {error.rank}: {error}", file=sys.stderr, flush=True)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(1)
+    except KeyboardInterrupt:
+        _leave(130)
+    except DistError as error:
+        _other_rank_stopped(error)
+    except RuntimeError as error:
+        # gloo reports a peer that is gone as a plain RuntimeError.
+        if "WORLD_SIZE" not in os.environ or not any(sign in str(error) for sign in _PEER_GONE):
+            raise
+        _other_rank_stopped(error)
+
+
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+def _other_rank_stopped(error: BaseException) -> NoReturn:
+    first = str(error).splitlines()[0]
+    print(f"rank {os.environ.get('RANK', '0')} stops: another rank is gone ({first})", file=sys.stderr, flush=True)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now. Other ranks may be gone: tearing the process group down in order could wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

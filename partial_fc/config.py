@@ -1,0 +1,361 @@
+"""The configuration: typed sections, read from YAML and ``section.key=value`` overrides, checked together.
+
+:func:`load_config` reports every problem at once, one line each: where it stands (``file:line`` or ``override``), the
+key, the value got, what was expected, and the nearest valid name. Only the top of the package imports this module;
+everything below ``build`` takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from partial_fc.config_reader import Contradiction, raise_contradictions, read_model, write_yaml
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class Section(BaseModel):
+    """Base of the sections: frozen, no unknown keys, no silent conversions (``"512"`` is no number)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    """Where the training images are and how they are read."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Folder of the data set, or its .rec file."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Number of classes; null: as many as the data set has."""
+    image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
+    """Side of the square images, in pixels; 112 is what the published backbones and test sets use."""
+    decoder: Literal["auto", "dali", "python"] = "auto"
+    """What decodes the images; auto: DALI where it is installed, else plain Python."""
+    threads: Count = 2
+    """Decoding threads of each rank."""
+    prefetch: Count = 2
+    """Batches that each rank decodes ahead."""
+    max_bad_share: Share = 0.01
+    """Share of samples that may be undecodable (each is replaced by the next good one) before the run stops."""
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image, each a function of (seed, position)."""
+
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    rotate: Annotated[float, Field(ge=0, le=math.pi)] = 0.0
+    """Largest angle of rotation, in radians."""
+    scale: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    """Largest relative change of size: the size is multiplied by 1 + u, u uniform in [-scale, scale]."""
+    shift: Share = 0.0
+    """Largest shift along each axis, as a fraction of the image's side."""
+    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    """Level of the pixels from outside the image, 0 (black) to 255 (white)."""
+
+
+class BackboneConfig(Section):
+    """The network that makes embeddings of images."""
+
+    name: Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200", "mobilefacenet", "small"] = (
+        "iresnet50"
+    )
+    """Architecture."""
+    embedding_size: Count = 512
+    """Length of an embedding."""
+    width: Count | None = None
+    """Channels of the first stage; for the small net only. Null: the net's own."""
+    dropout: BelowOne = 0.0
+    """Probability with which a feature is dropped before the last layer."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all ranks instead of one."""
+
+
+class NormFaceConfig(Section):
+    """No margin."""
+
+    name: Literal["NormFace"] = "NormFace"
+    """Which margin."""
+
+
+class CosFaceConfig(Section):
+    """Additive cosine margin, c - m."""
+
+    name: Literal["CosFace"] = "CosFace"
+    """Which margin."""
+    m: Annotated[float, Field(ge=0, le=2)] = 0.35
+    """Margin on the cosine."""
+    easy_margin: bool = False
+    """No margin where the target cosine is at most 0."""
+
+
+class ArcFaceConfig(Section):
+    """Additive angular margin, cos(theta + m)."""
+
+    name: Literal["ArcFace"] = "ArcFace"
+    """Which margin."""
+    m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.5
+    """Margin on the angle, in radians."""
+    easy_margin: bool = False
+    """No margin where the target cosine is at most 0."""
+
+
+class CombinedMarginConfig(Section):
+    """Monotone cos(m1 theta + m2) - m3."""
+
+    name: Literal["CombinedMargin"] = "CombinedMargin"
+    """Which margin."""
+    m1: Positive = 1.0
+    """Factor of the angle."""
+    m2: NotNegative = 0.5
+    """Margin on the angle, in radians."""
+    m3: NotNegative = 0.0
+    """Margin on the cosine."""
+    easy_margin: bool = False
+    """No margin where the target cosine is at most 0."""
+
+
+class PlainConfig(Section):
+    """No emphasis of negatives."""
+
+    name: Literal["Plain"] = "Plain"
+    """Which emphasis."""
+    filter_above: Cosine | None = None
+    """Negatives whose cosine lies above this leave the sum (noisy labels); null: none do."""
+
+
+class SupportVectorsConfig(Section):
+    """Negatives above the boundary are raised."""
+
+    name: Literal["SupportVectors"] = "SupportVectors"
+    """Which emphasis."""
+    t: Annotated[float, Field(ge=1, le=2)] = 1.2
+    """Strength; 1 is none. 1.2 is the papers' setting."""
+    mode: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: t c + t - 1; fixed: c + t - 1."""
+    top_k: Count | None = None
+    """Keep only the k hardest support vectors of each sample, over all shards; null: all."""
+    filter_above: Cosine | None = None
+    """Negatives whose cosine lies above this leave the sum (noisy labels); null: none do."""
+
+
+MarginConfig = Annotated[
+    NormFaceConfig | CosFaceConfig | ArcFaceConfig | CombinedMarginConfig, Field(discriminator="name")
+]
+NegativesConfig = Annotated[PlainConfig | SupportVectorsConfig, Field(discriminator="name")]
+
+
+class HeadConfig(Section):
+    """The classifier and its loss. A margin or emphasis may be given as its name alone: ``margin: ArcFace``."""
+
+    margin: MarginConfig = CosFaceConfig()
+    """Target margin, by name with its parameters."""
+    negatives: NegativesConfig = PlainConfig()
+    """Emphasis of negatives, by name with its parameters."""
+    scale: Positive = 64.0
+    """Scale of the cosines; 64 is the setting of CosFace and ArcFace."""
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the classes that a step draws, besides those of its batch (Partial-FC)."""
+    in_backward: Literal["auto"] | bool = "auto"
+    """Update the class centres chunk by chunk inside the backward pass, without a gradient in memory; auto: where
+    gradient accumulation, fp16 and head_clip_norm allow it."""
+    chunk_size: Count | None = None
+    """Classes that are walked at once; null: sized to the cache."""
+
+    @field_validator("margin", "negatives", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": cls.model_fields[info.field_name].default.name, **value}
+        return value
+
+
+class OptimConfig(Section):
+    """Optimizer and learning rate schedule of backbone and head."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer."""
+    learning_rate: Positive = 0.1
+    """Peak learning rate, of the global batch."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of the class centres; null: the same."""
+    momentum: BelowOne = 0.9
+    """Momentum (sgd)."""
+    nesterov: bool = False
+    """Nesterov's momentum (sgd)."""
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the two running means (adamw)."""
+    weight_decay: NotNegative = 5e-4
+    """Weight decay; 5e-4 is the setting of CosFace and ArcFace with sgd."""
+    head_weight_decay: NotNegative | None = None
+    """Weight decay of the class centres; null: the same."""
+    schedule: Literal["polynomial", "cosine", "step", "constant"] = "polynomial"
+    """How the learning rate falls after the warm-up, per optimizer step."""
+    power: Positive = 2.0
+    """Exponent of the polynomial schedule."""
+    milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    """Steps after which the step schedule multiplies the rate by gamma, rising."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of the step schedule."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    clip_norm: Positive | None = None
+    """Largest norm of the backbone's gradient; null: no clipping."""
+    head_clip_norm: Positive | None = None
+    """Largest norm of the class centres' gradient over all shards; null: no clipping."""
+    head_clip_row_norm: Positive | None = None
+    """Largest norm of the gradient of one class centre; null: no clipping."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: Count = 512
+    """Samples of an optimizer step, over all ranks and accumulated micro batches."""
+    steps: Count | None = None
+    """Optimizer steps of the run; give this or epochs."""
+    epochs: Positive | None = None
+    """Length of the run in passes over the data; give this or steps."""
+    accumulate: Count = 1
+    """Micro batches whose gradients are summed for one step."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the backbone's products; auto: bf16 on GPUs that have it, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: on GPUs where there are any."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Key of everything that is random."""
+    run_dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder of the runs' folders."""
+    name: Annotated[str, Field(pattern=r"^[^/.][^/]*$")] | None = None
+    """Name of the run's folder; null: that of the configuration file."""
+    log_every: Count = 50
+    """Steps between two lines of the log."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """After a NaN or infinity in a step: stop the run, or leave the step out."""
+    timeout_seconds: Positive = 600.0
+    """Seconds after which a collective that a rank doesn't join fails."""
+
+
+class MetricsConfig(Section):
+    """The Prometheus endpoint of each rank."""
+
+    enabled: bool = True
+    """Whether to serve metrics."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 9400
+    """Port of local rank 0; local rank r serves on port + r."""
+    address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for a Prometheus on another machine."""
+
+
+class EvaluateConfig(Section):
+    """Verification during and after training."""
+
+    sets: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Verification .bin files; relative paths start at data.path."""
+    every_steps: Count | None = None
+    """Steps between two evaluations; null: only at the end."""
+    batch_size: Count = 256
+    """Images that a rank embeds at once."""
+    flip: bool = True
+    """Add the embedding of the mirrored image, as InsightFace does."""
+
+
+class Config(Section):
+    """All sections of a run."""
+
+    data: DataConfig
+    """Where the training images are and how they are read."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes of a training image."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The network that makes embeddings of images."""
+    head: HeadConfig = HeadConfig()
+    """The classifier and its loss."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate schedule."""
+    train: TrainConfig
+    """The loop."""
+    metrics: MetricsConfig = MetricsConfig()
+    """The Prometheus endpoint of each rank."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Verification during and after training."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        raise_contradictions(list(_contradictions(self)))
+        return self
+
+    def dump(self, path: str | Path) -> None:
+        """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+        Path(path).write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
+
+
+def _contradictions(config: Config) -> Iterator[Contradiction]:
+    """What no single value shows."""
+    backbone, head, optim, train = config.backbone, config.head, config.optim, config.train
+    if train.steps is None and train.epochs is None:
+        yield Contradiction(("train.steps", "train.epochs"), "missing, expected train.steps or train.epochs")
+    if train.steps is not None and train.epochs is not None:
+        text = (
+            f"got {train.steps} next to train.epochs={train.epochs:g}, expected only one of them: set the other to null"
+        )
+        yield Contradiction(("train.steps", "train.epochs"), text)
+    if train.batch_size % train.accumulate:
+        text = f"got {train.batch_size}, expected a multiple of train.accumulate={train.accumulate}"
+        yield Contradiction(("train.batch_size", "train.accumulate"), text)
+    if train.steps is not None and optim.warmup_steps >= train.steps:
+        text = f"got {optim.warmup_steps}, expected fewer than train.steps={train.steps}"
+        yield Contradiction(("optim.warmup_steps", "train.steps"), text)
+    if backbone.width is not None and backbone.name != "small":
+        text = f"got {backbone.width}, expected null with backbone.name={backbone.name} (only small has a width)"
+        yield Contradiction(("backbone.width", "backbone.name"), text)
+    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
+        text = f"got true, expected false with optim.name={optim.name}, optim.momentum={optim.momentum:g}"
+        yield Contradiction(("optim.nesterov", "optim.name", "optim.momentum"), text)
+    if bool(optim.milestones) != (optim.schedule == "step"):
+        wanted = "at least one step" if optim.schedule == "step" else "an empty list"
+        text = f"got {list(optim.milestones)}, expected {wanted} with optim.schedule={optim.schedule}"
+        yield Contradiction(("optim.milestones", "optim.schedule"), text)
+    elif list(optim.milestones) != sorted(set(optim.milestones)):
+        yield Contradiction(("optim.milestones",), f"got {list(optim.milestones)}, expected steps that rise")
+    if head.in_backward is True:
+        for key, value, bad in [
+            ("optim.head_clip_norm", optim.head_clip_norm, optim.head_clip_norm is not None),
+            ("train.accumulate", train.accumulate, train.accumulate > 1),
+            ("train.precision", train.precision, train.precision == "fp16"),
+        ]:
+            if bad:
+                text = f"got true, expected auto or false with {key}={value}"
+                yield Contradiction(("head.in_backward", key), text)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides in order, and check all of it.
+
+    Args:
+        path: YAML file; numbers and truth values as in YAML 1.2 (``5e-4`` is a number, ``on`` is text).
+        overrides: ``section.key=value``, at any depth (``head.margin.m=0.4``), the value in YAML. A mapping replaces
+            what the file has there.
+
+    Returns:
+        The configuration, with ``train.name`` filled in from the name of the file.
+
+    Raises:
+        ConfigError: every problem found, one line each.
+    """
+    path = Path(path)
+    return read_model(Config, path, overrides, defaults={"train.name": path.stem})

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from partial_fc import config as module
+from partial_fc import emphasis, margins
+from partial_fc.config import Config, Section, load_config
+from partial_fc.errors import ConfigError
+
+MINIMAL = "data: {path: faces}\ntrain: {steps: 100}\n"
+UNIONS = {
+    margins: ["NormFace", "CosFace", "ArcFace", "CombinedMargin"],
+    emphasis: ["Plain", "SupportVectors"],
+}
+
+
+def write(tmp_path: Path, text: str = MINIMAL) -> Path:
+    path = tmp_path / "run7.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path), overrides)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def sections() -> list[type[Section]]:
+    return [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Section)]
+
+
+def test_defaults(tmp_path):
+    config = load_config(write(tmp_path))
+    assert config.train.name == "run7"
+    assert (config.data.path, config.data.num_classes, config.data.image_size) == ("faces", None, 112)
+    assert config.head.margin == module.CosFaceConfig(m=0.35)
+    assert config.head.negatives == module.PlainConfig()
+    assert (config.head.scale, config.head.sample_rate, config.head.in_backward) == (64.0, 1.0, "auto")
+    assert (config.optim.learning_rate, config.optim.weight_decay, config.optim.betas) == (0.1, 5e-4, (0.9, 0.999))
+    assert (config.train.steps, config.train.epochs, config.train.batch_size) == (100, None, 512)
+    assert (config.metrics.port, config.metrics.address) == (9400, "127.0.0.1")
+
+
+def test_the_choices_of_a_loss(tmp_path):
+    text = MINIMAL + "head:\n  margin: ArcFace\n  negatives:\n    name: SupportVectors\n    top_k: 100\n"
+    path = write(tmp_path, text)
+    head = load_config(path, ["head.margin.m=0.4", "head.negatives.t=1.1"]).head
+    assert head.margin == module.ArcFaceConfig(m=0.4)
+    assert head.negatives == module.SupportVectorsConfig(t=1.1, top_k=100)
+    head = load_config(path, ["head.margin={name: CombinedMargin, m1: 1.2}", "head.negatives=Plain"]).head
+    assert head.margin == module.CombinedMarginConfig(m1=1.2)
+    assert head.negatives == module.PlainConfig()
+    assert load_config(write(tmp_path), ["head.margin.m=0.4"]).head.margin == module.CosFaceConfig(m=0.4)
+    assert load_config(write(tmp_path), ["head.in_backward=true"]).head.in_backward is True
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    overrides = [
+        "head.margin={name: ArcFace, easy_margin: true}",
+        "head.negatives={name: SupportVectors, mode: fixed, filter_above: 0.9}",
+        "optim={schedule: step, milestones: [10, 20], learning_rate: 1e-9}",
+        "evaluate.sets=[lfw.bin, /x/cfp.bin]",
+        "train.name='5e-4'",
+        "train.timeout_seconds=1e22",
+    ]
+    config = load_config(write(tmp_path), overrides)
+    config.dump(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "milestones:\n  - 10\n  - 20\n" in (tmp_path / "config.yaml").read_text()
+
+
+def test_it_is_frozen_and_checked_when_built_in_python(tmp_path):
+    config = load_config(write(tmp_path))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3
+    with pytest.raises(ValidationError, match="expected train.steps or train.epochs"):
+        Config(data=module.DataConfig(path="x"), train=module.TrainConfig())
+
+
+@pytest.mark.parametrize("section", sections())
+def test_every_key_is_described(section: type[BaseModel]):
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description and field.description[-1] == ".", f"{section.__name__}.{name} has no description"
+
+
+@pytest.mark.parametrize(("package", "name"), [(package, name) for package in UNIONS for name in UNIONS[package]])
+def test_margins_and_negatives_take_what_the_classes_take(package, name):
+    fields = {key: field.default for key, field in getattr(module, f"{name}Config").model_fields.items()}
+    assert fields.pop("name") == name
+    assert fields == {field.name: field.default for field in dataclasses.fields(getattr(package, name))}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "data.image_size=100",
+            "override: data.image_size: got 100, expected a whole number >= 16 and a multiple of 16",
+        ),
+        ("data.num_classes=0", "data.num_classes: got 0, expected a whole number >= 2 or null"),
+        ("data.max_bad_share=2", "data.max_bad_share: got 2, expected a number >= 0 and <= 1"),
+        ("data.path=", "data.path: got null, expected text that isn't empty"),
+        ("data.decoder=dally", 'got "dally", expected one of auto, dali, python; did you mean dali?'),
+        ("augment.rotate=45", "augment.rotate: got 45, expected a number >= 0 and <= 3.14159"),
+        ("backbone.name=resnet50", "did you mean iresnet50?"),
+        ("backbone.dropout=1", "expected a number >= 0 and < 1"),
+        ("head.sample_rate=0", "head.sample_rate: got 0, expected a number > 0 and <= 1"),
+        (
+            "head.margin=ArcFase",
+            'head.margin: got "ArcFase", expected one of ArcFace, CombinedMargin, CosFace, NormFace',
+        ),
+        ("head.margin.m=3", "head.margin.m: got 3, expected a number >= 0 and <= 2"),
+        ("head.margin={name: ArcFace, m: 3.2}", "head.margin.m: got 3.2, expected a number >= 0 and < 3.14159"),
+        ("head.negatives.t=1.2", "head.negatives.t: unknown key of Plain; SupportVectors would have it"),
+        ("head.negatives={name: SupportVectors, t: 0.9}", "head.negatives.t: got 0.9, expected a number >= 1 and <= 2"),
+        ("head.negatives={name: SupportVectors, top_k: 0}", "top_k: got 0, expected a whole number >= 1 or null"),
+        ("head.in_backward=maybe", 'head.in_backward: got "maybe", expected auto or true or false'),
+        ("optim.betas=[0.9]", "optim.betas: got [0.9], expected a list of 2, each a number >= 0 and < 1"),
+        ("train.learning_rate=1", "train.learning_rate: unknown key; did you mean optim.learning_rate?"),
+        ("train.steps=1.5", "train.steps: got 1.5, expected a whole number >= 1 or null"),
+        ("train.name=a/b", "train.name: got"),
+        ("metrics.port=70000", "metrics.port: got 70000, expected a whole number >= 1 and <= 65535"),
+        ("evaluate.sets=lfw.bin", 'evaluate.sets: got "lfw.bin", expected a list, each text'),
+    ],
+)
+def test_an_impossible_value_is_one_line(tmp_path, override, line):
+    (got,) = problems(tmp_path, override)
+    assert line in got
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["train.steps="], "override: train.steps: missing, expected train.steps or train.epochs"),
+        (["train.epochs=2"], "run7.yaml:2: train.steps: got 100 next to train.epochs=2, expected only one of them"),
+        (["train.accumulate=3"], "run7.yaml:2: train.batch_size: got 512, expected a multiple of train.accumulate=3"),
+        (["optim.warmup_steps=100"], "override: optim.warmup_steps: got 100, expected fewer than train.steps=100"),
+        (["backbone.width=8"], "backbone.width: got 8, expected null with backbone.name=iresnet50"),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov: got true, expected false with optim.name=sgd"),
+        (["optim.nesterov=true", "optim.name=adamw"], "expected false with optim.name=adamw"),
+        (["optim.schedule=step"], "optim.milestones: got [], expected at least one step"),
+        (["optim.milestones=[5]"], "optim.milestones: got [5], expected an empty list with optim.schedule=polynomial"),
+        (["optim={schedule: step, milestones: [9, 9]}"], "optim.milestones: got [9, 9], expected steps that rise"),
+        (["head.in_backward=true", "optim.head_clip_norm=1"], "expected auto or false with optim.head_clip_norm=1"),
+        (["head.in_backward=true", "train.accumulate=2"], "head.in_backward: got true, expected auto or false with"),
+        (["head.in_backward=true", "train.precision=fp16"], "expected auto or false with train.precision=fp16"),
+    ],
+)
+def test_a_contradiction_is_one_line(tmp_path, overrides, line):
+    (got,) = problems(tmp_path, *overrides)
+    assert line in got
+
+
+def test_what_agrees_passes(tmp_path):
+    for overrides in [
+        ["train.steps=", "train.epochs=0.5", "optim.warmup_steps=1000"],
+        ["backbone={name: small, width: 8}"],
+        ["optim={schedule: step, milestones: [9, 19]}"],
+        ["head.in_backward=false", "optim.head_clip_norm=1", "train.accumulate=2", "train.precision=fp16"],
+        ["head.in_backward=true", "optim.head_clip_row_norm=1"],
+    ]:
+        load_config(write(tmp_path), overrides)

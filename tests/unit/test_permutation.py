@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from partial_fc.permutation import KeyedPermutation, hash64, permute_bits, random_unit
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 255, 256, 257, 1000, 4096, 10007, 65537])
+def test_is_a_bijection(n: int) -> None:
+    for key in (0, 1, -5, 1 << 80):
+        image = KeyedPermutation(n, key)(np.arange(n))
+        assert np.array_equal(np.sort(image), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [(1 << 40) + 15, 1 << 62])
+def test_stays_inside_a_range_that_cannot_be_listed(n: int) -> None:
+    index = np.random.default_rng(0).integers(0, n, 2000)
+    image = KeyedPermutation(n, 3)(index)
+    assert image.min() >= 0 and image.max() < n
+    assert len(np.unique(image)) == len(np.unique(index))
+
+
+def test_keys_give_different_permutations() -> None:
+    images = {tuple(KeyedPermutation(1000, key)(np.arange(1000)).tolist()) for key in range(20)}
+    assert len(images) == 20
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_the_first_position_is_uniform_over_keys(n: int) -> None:
+    draws = 10 * n
+    zero = np.zeros(1, dtype=np.int64)
+    counts = np.bincount([KeyedPermutation(n, key)(zero)[0] for key in range(draws)], minlength=n)
+    chi2 = float(((counts - draws / n) ** 2 / (draws / n)).sum())
+    # Mean n - 1, standard deviation sqrt(2 (n - 1)): five of these are never left by chance.
+    assert abs(chi2 - (n - 1)) < 5 * np.sqrt(2 * (n - 1)) + 1
+
+
+def test_neighbours_go_apart() -> None:
+    image = KeyedPermutation(100_000, 1)(np.arange(100_000))
+    correlation = np.corrcoef(image[:-1], image[1:])[0, 1]
+    assert abs(correlation) < 0.02
+    assert abs(np.corrcoef(np.arange(100_000), image)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("bits", [2, 9, 16, 33, 62])
+def test_numpy_and_torch_agree(bits: int) -> None:
+    index = np.random.default_rng(1).integers(0, 1 << bits, 500)
+    expected = permute_bits(index, bits, 0x89ABCDEF)
+    assert np.array_equal(permute_bits(torch.from_numpy(index), bits, 0x89ABCDEF).numpy(), expected)
+
+
+def test_hash_separates_order_sign_and_size() -> None:
+    values = [hash64(1, 2), hash64(2, 1), hash64(1), hash64(-1), hash64(1, 0), hash64(1 << 64), hash64(0), hash64()]
+    assert len(set(values)) == len(values)
+
+
+def test_random_units_are_uniform_and_independent() -> None:
+    units = random_unit(7, 4, np.arange(20_000))
+    assert units.min() >= 0 and units.max() < 1
+    assert np.allclose(units.mean(axis=0), 0.5, atol=0.01)
+    assert np.allclose(np.corrcoef(units.T), np.eye(4), atol=0.03)
+    assert abs(np.corrcoef(units[:-1, 0], units[1:, 0])[0, 1]) < 0.03
+    assert np.array_equal(random_unit(7, 4, np.array([123, 7])), units[[123, 7]])
+
+
+@pytest.mark.parametrize("n", [0, -1, (1 << 62) + 1])
+def test_a_range_that_cannot_be_permuted_is_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"n={n}"):
+        KeyedPermutation(n, 0)
