@@ -54,6 +54,7 @@ data.faces
 data.synthetic
 data
 checkpoint
+journal
 metrics
 evaluate.bins
 evaluate.verification
@@ -64,9 +65,11 @@ gallery
 
 build
 
+report
 train
 plan
 bench
+demo
 
 serve
 
@@ -75,10 +78,10 @@ __main__
 """.split()
 
 # Siblings know the data layer and those below it, not each other.
-SIBLINGS = {"checkpoint", "metrics", "evaluate", "export", "gallery"}
+SIBLINGS = {"checkpoint", "journal", "metrics", "evaluate", "export", "gallery"}
 
 # Below `build` modules take plain arguments. plan, bench and train stand above it.
-READ_THE_CONFIGURATION = {"build", "train", "plan", "bench", "cli"}
+READ_THE_CONFIGURATION = {"build", "train", "plan", "bench", "demo", "cli"}
 CONFIGURATION = {"config", "config_reader"}
 
 # Kernels take numbers and tensors, never objects of the loss.

@@ -281,7 +281,7 @@ class _Album:
         self._tables = (np.linspace(0, 1, 256) ** gamma[:, None] * 255).astype(np.uint8)
         self._softness = draw.between(0, 1)
         self._low_resolution = draw.chance(0.5)
-        self._grey = draw.chance(0.05)
+        self._grey = draw.chance(0.02)
         light = draw.array(0.6, 1.3, 2, 2, 1) * draw.array(0.88, 1.12, 1, 1, 3)
         self._light = light.astype(np.float32)
         self._noise = draw.between(0, 1) * draw.between(2, 18)

@@ -1,0 +1,156 @@
+"""Row optimizers against torch.optim; in backward against two phases; schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import partial_fc as pfc
+from partial_fc.optim import RowAdamW, RowSGD, Schedule, clip_shards
+
+SGD: list[dict[str, Any]] = [
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+]
+ADAMW: list[dict[str, Any]] = [{"lr": 0.01}, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}]
+CASES = [(RowSGD, torch.optim.SGD, options) for options in SGD]
+CASES += [(RowAdamW, torch.optim.AdamW, options) for options in ADAMW]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
+def test_equals_torch_where_all_rows_are_touched(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    first = torch.nn.Parameter(torch.randn(9000, 3, dtype=torch.float64))
+    second = torch.nn.Parameter(first.detach().clone())
+    one, other = ours([first], **options), theirs([second], **options)
+    for step in range(5):
+        gradient = torch.randn_like(first)
+        first.grad, second.grad = gradient.clone(), gradient.clone()
+        if step % 2:
+            first.grad = gradient.to_sparse(1)
+        one.step()
+        other.step()
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
+def test_untouched_rows_stay_bit_for_bit(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.randn(10, 3))
+    optimizer = ours([param], **options)
+    param.grad = torch.randn(10, 3)
+    optimizer.step()
+    before, state = param.detach().clone(), {k: v.clone() for k, v in optimizer.state[param].items()}
+    rows = torch.tensor([1, 7])
+    param.grad = torch.sparse_coo_tensor(rows[None], torch.randn(2, 3), (10, 3), is_coalesced=True)
+    optimizer.step()
+    others = torch.tensor([0, 2, 3, 4, 5, 6, 8, 9])
+    assert torch.equal(param[others], before[others])
+    assert not torch.equal(param[rows], before[rows])
+    for name, value in optimizer.state[param].items():
+        assert torch.equal(value[others], state[name][others])
+
+
+def test_adamw_corrects_the_bias_of_each_row_by_its_own_count() -> None:
+    param = torch.nn.Parameter(torch.zeros(2, 1, dtype=torch.float64))
+    optimizer = RowAdamW([param], lr=0.1, weight_decay=0.0)
+    for rows in ([0], [0], [0, 1]):
+        index = torch.tensor([rows])
+        param.grad = torch.sparse_coo_tensor(index, torch.ones(len(rows), 1, dtype=torch.float64), (2, 1))
+        optimizer.step()
+    # With a constant gradient every update is lr, also the first of a row that comes late.
+    assert param.flatten().tolist() == pytest.approx([-0.3, -0.1], abs=1e-7)
+
+
+def heads(optimizer: Any, rate: float, **options: Any) -> list[torch.Tensor]:
+    """Weights after 6 steps, in two phases and in backward."""
+    weights = []
+    for in_backward in (False, True):
+        head = pfc.PartialFC(8, 50, sample_rate=rate, seed=2, scale=16.0, chunk_size=7).double()
+        optim = optimizer(head.parameters(), **options, in_backward=in_backward)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            embeddings = torch.randn(9, 8, generator=generator, dtype=torch.float64).requires_grad_()
+            labels = torch.randint(50, (9,), generator=generator)
+            head(embeddings, labels).backward()
+            assert (head.weight.grad is None) == in_backward
+            optim.step()
+            optim.zero_grad()
+        weights.append(head.weight.detach())
+    return weights
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (RowSGD, {"lr": 0.5, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
+        (RowSGD, {"lr": 0.5, "momentum": 0.9, "max_row_norm": 0.05}),
+        (RowAdamW, {"lr": 0.01}),
+    ],
+)
+def test_in_backward_equals_two_phases(optimizer: Any, options: dict[str, Any], rate: float) -> None:
+    two_phase, in_backward = heads(optimizer, rate, **options)
+    torch.testing.assert_close(in_backward, two_phase, rtol=1e-12, atol=1e-14)
+
+
+def test_a_second_forward_before_backward_is_refused() -> None:
+    head = pfc.PartialFC(4, 10)
+    pfc.optim.RowSGD(head.parameters(), lr=0.1, in_backward=True)
+    embeddings, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([1, 2, 3])
+    before = head.weight.detach().clone()
+    first = head(embeddings, labels)
+    second = head(embeddings, labels)
+    with pytest.raises(RuntimeError, match="one forward a backward"):
+        first.backward()
+    assert torch.equal(head.weight, before)
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        second.backward()
+
+
+def test_row_norms_are_clipped() -> None:
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = RowSGD([param], lr=1.0, max_row_norm=1.0)
+    param.grad = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), -torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_norm_over_shards_is_clipped() -> None:
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[3.0, 0.0]]), (2, 2))
+    norm = clip_shards(param, 1.0, lambda own: own + 16.0)
+    assert norm.item() == pytest.approx(5.0)
+    assert param.grad.to_dense()[1].tolist() == pytest.approx([0.6, 0.0])
+
+
+def test_schedules() -> None:
+    polynomial = Schedule("polynomial", 110, warmup_steps=10, power=2.0)
+    assert [polynomial(step) for step in (0, 4, 9, 10, 60)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.25])
+    cosine = Schedule("cosine", 100)
+    assert [cosine(step) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    steps = Schedule("step", 100, milestones=(30, 60), gamma=0.1)
+    assert [steps(step) for step in (29, 30, 60)] == pytest.approx([1.0, 0.1, 0.01])
+    assert Schedule("constant", 5)(4) == 1.0
+    with pytest.raises(pfc.ConfigError, match="warmup_steps=100, expected less than 100"):
+        Schedule("cosine", 100, warmup_steps=100)
+    with pytest.raises(pfc.ConfigError, match="kind='linear'"):
+        Schedule("linear", 100)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda p: RowSGD(p, lr=-1), "lr=-1, expected at least 0"),
+        (lambda p: RowSGD(p, lr=1, momentum=1), "momentum=1"),
+        (lambda p: RowSGD(p, lr=1, nesterov=True), "nesterov=True"),
+        (lambda p: RowSGD(p, lr=1, max_row_norm=0), "max_row_norm=0"),
+        (lambda p: RowAdamW(p, betas=(0.9, 1.0)), "betas"),
+    ],
+)
+def test_bad_arguments(make: Any, match: str) -> None:
+    with pytest.raises(pfc.ConfigError, match=match):
+        make([torch.nn.Parameter(torch.zeros(2, 2))])
