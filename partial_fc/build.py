@@ -189,24 +189,26 @@ def build_optimizers(
     shared: dict[str, Any] = {"max_row_norm": section.head_clip_row_norm, "in_backward": in_backward}
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     fused = parameters[0].is_cuda
+    of_backbone: torch.optim.Optimizer
+    of_head: RowOptimizer
     if section.name == "adamw":
-        return (
-            torch.optim.AdamW(
-                parameters, section.learning_rate, section.betas, weight_decay=section.weight_decay, fused=fused
-            ),
-            RowAdamW(head.parameters(), head_rate, section.betas, weight_decay=head_decay, **shared),
+        of_backbone = torch.optim.AdamW(
+            parameters, section.learning_rate, section.betas, weight_decay=section.weight_decay, fused=fused
         )
-    return (
-        torch.optim.SGD(
+    else:
+        of_backbone = torch.optim.SGD(
             parameters,
             section.learning_rate,
             section.momentum,
             weight_decay=section.weight_decay,
             nesterov=section.nesterov,
             fused=fused,
-        ),
-        RowSGD(head.parameters(), head_rate, section.momentum, head_decay, section.nesterov, **shared),
-    )
+        )
+    if (section.head_name or section.name) == "adamw":
+        of_head = RowAdamW(head.parameters(), head_rate, section.betas, weight_decay=head_decay, **shared)
+    else:
+        of_head = RowSGD(head.parameters(), head_rate, section.momentum, head_decay, section.nesterov, **shared)
+    return of_backbone, of_head
 
 
 def total_steps(config: Config, num_samples: int) -> int:

@@ -30,7 +30,10 @@ def save_model(folder: Path, backbone: nn.Module, head: PartialFC) -> None:
         backbone: the same weights on every rank, without a DDP wrapper.
         head: its shards.
     """
-    state = {"backbone": backbone.state_dict(), "head": {"weight": _sharded(head)}}
+    state: dict[str, Any] = {"head": {"weight": _sharded(head)}}
+    if head.group.rank == 0:
+        # BatchNorm statistics differ from rank to rank: the library would take each tensor from any of them.
+        state["backbone"] = backbone.state_dict()
     _quietly(save, state, checkpoint_id=folder)
 
 

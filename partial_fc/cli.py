@@ -79,7 +79,8 @@ def demo(
 
 def main() -> None:
     """Entry point of ``partial-fc``."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("partial_fc").setLevel(logging.INFO)
     app()
 
 

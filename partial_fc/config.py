@@ -189,6 +189,8 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimizer."""
+    head_name: Literal["sgd", "adamw"] | None = None
+    """Optimizer of the class centres; null: the same."""
     learning_rate: Positive = 0.1
     """Peak learning rate, of the global batch."""
     head_learning_rate: Positive | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import time
@@ -166,9 +167,13 @@ class Trainer:
         self._replica: nn.Module = self.backbone
         if place.world_size > 1:
             devices = [place.device] if place.device.type == "cuda" else None
-            # BatchNorm statistics are each rank's own; rank 0's are evaluated and saved.
+            # BatchNorm statistics are each rank's own; rank 0's are evaluated and saved. torch 2.13 renames the option.
+            known = inspect.signature(DistributedDataParallel).parameters
+            own_buffers: dict[str, Any] = {
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+            }
             self._replica = DistributedDataParallel(
-                self.backbone, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.backbone, device_ids=devices, gradient_as_bucket_view=True, **own_buffers
             )
         self.folder = make_run_folder(config, place)
         self.timer = PhaseTimer(place.device)

@@ -43,7 +43,9 @@ def test_every_class_is_drawn_equally_often() -> None:
     rate = drawn / num_classes
     # Binomial: mean 40, variance 36; the chi-square over 70,000 classes has a standard deviation of 0.5 % of its mean.
     assert abs(counts.var().item() / (steps * rate * (1 - rate)) - 1) < 0.03
-    assert abs(counts[65536:].mean().item() / (steps * rate) - 1) < 0.03, "the short last block is drawn like the others"
+    assert abs(counts[65536:].mean().item() / (steps * rate) - 1) < 0.03, (
+        "the short last block is drawn like the others"
+    )
 
 
 def test_counts_of_a_billion_classes_are_exact() -> None:
