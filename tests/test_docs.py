@@ -1,0 +1,50 @@
+"""The documentation says what the code does: every configuration key with its meaning, and a README that runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from partial_fc import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Headings of the page and the models that they describe."""
+    found = {f"## {name}": field.annotation for name, field in config.Config.model_fields.items()}
+    for kind in vars(config).values():
+        if isinstance(kind, type) and issubclass(kind, config.Section) and "name" in kind.model_fields:
+            name = kind.model_fields["name"].default
+            if f"{name}Config" == kind.__name__:
+                axis = "negatives" if name in ("Plain", "SupportVectors") else "margin"
+                found[f"### {axis}: {name}"] = kind
+    return found  # type: ignore[return-value]
+
+
+def test_the_configuration_page_has_every_key_and_its_meaning() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    parts = re.split(r"^(#{2,3} .*)$", page, flags=re.MULTILINE)[1:]
+    described = {
+        heading: dict(re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", body, flags=re.MULTILINE))
+        for heading, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    expected = {
+        heading: {key: " ".join((field.description or "").split()) for key, field in model.model_fields.items()}
+        for heading, model in sections().items()
+    }
+    assert described == expected
+
+
+def test_the_readme_example_runs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    # A million classes take 4 GB; the example's meaning does not depend on how many there are.
+    names: dict[str, object] = {}
+    exec(example.replace("1_000_000", "10_000"), names)
+    values, classes = names["values"], names["classes"]
+    assert isinstance(values, torch.Tensor) and isinstance(classes, torch.Tensor)
+    assert values.shape == classes.shape == (64, 5)
