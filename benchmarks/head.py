@@ -1,7 +1,7 @@
 """Time of a head step beside the bare matrix products of its size.
 
-Each round times our step (forward, backward, optimizer inside backward) and the four products that it can't do without
-(logits, logits again, two gradients), in alternating order; the table gives medians and their ratio. Run it alone on the
+Each round times our step (forward, backward, optimizer in backward) and the four products that it can't do without
+(logits, logits again, two gradients), in alternating order; the table gives medians and their ratio. Run it alone on its
 machine:
 
     python benchmarks/head.py --classes 100000 --batch 512 --json head.json
