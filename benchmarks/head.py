@@ -1,8 +1,8 @@
 """Time of a head step beside the bare matrix products of its size.
 
 Each round times our step (forward, backward, optimizer in backward) and the four products that it can't do without
-(logits, logits again, two gradients), in alternating order; the table gives medians and their ratio. Run it alone on its
-machine:
+(logits, logits again, two gradients), in alternating order; the table gives medians and their ratio. Run it alone on
+its machine:
 
     python benchmarks/head.py --classes 100000 --batch 512 --json head.json
 """
