@@ -34,7 +34,10 @@ def save_model(folder: Path, backbone: nn.Module, head: PartialFC) -> None:
     if head.group.rank == 0:
         # BatchNorm statistics differ from rank to rank: the library would take each tensor from any of them.
         state["backbone"] = backbone.state_dict()
-    _quietly(save, state, checkpoint_id=folder)
+    try:
+        _quietly(save, state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"{folder}: the model can't be saved: {_last_line(error)}: free the disk") from error
 
 
 def load_backbone(folder: Path, backbone: nn.Module) -> None:
@@ -44,7 +47,8 @@ def load_backbone(folder: Path, backbone: nn.Module) -> None:
         CheckpointError: no saved model there, or one of another backbone.
     """
     state = {"backbone": backbone.state_dict()}
-    _load(folder, state)
+    # Every rank reads the whole backbone for itself: no collective, so one rank's failure leaves none waiting.
+    _load(folder, state, no_dist=True)
     backbone.load_state_dict(state["backbone"])
 
 
@@ -54,18 +58,23 @@ def load_head(folder: Path, head: PartialFC) -> None:
     Raises:
         CheckpointError: no saved model there, or one with another shape.
     """
-    _load(folder, {"head": {"weight": _sharded(head)}})
+    _load(folder, {"head": {"weight": _sharded(head)}}, no_dist=not dist.is_initialized())
 
 
-def _load(folder: Path, state: dict[str, Any]) -> None:
+def _load(folder: Path, state: dict[str, Any], *, no_dist: bool) -> None:
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: no saved model there, expected the folder 'model' of a finished run")
     try:
-        _quietly(load, state, checkpoint_id=folder)
+        _quietly(load, state, checkpoint_id=folder, no_dist=no_dist)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1] if lines else type(error).__name__
-        raise CheckpointError(f"{folder}: the saved model doesn't fit the configuration: {reason}") from error
+        raise CheckpointError(
+            f"{folder}: the saved model doesn't fit the configuration: {_last_line(error)}"
+        ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _sharded(head: PartialFC) -> Tensor:
@@ -81,4 +90,4 @@ def _quietly(function: Any, state: dict[str, Any], **options: Any) -> None:
     """Without a process group the library warns that it works without one; that is meant here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        function(state, no_dist=not dist.is_initialized(), **options)
+        function(state, **options)

@@ -108,7 +108,14 @@ def _one_line_errors() -> Iterator[None]:
         _other_rank_stopped(error)
 
 
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+_PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Timed out waiting",
+    "timeout caused",
+    "Broken pipe",
+)
 
 
 def _other_rank_stopped(error: BaseException) -> NoReturn:

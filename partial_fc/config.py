@@ -48,7 +48,7 @@ class DataConfig(Section):
     prefetch: Count = 2
     """Batches that each rank decodes ahead."""
     max_bad_share: Share = 0.01
-    """Share of samples that may be undecodable (each is replaced by the next good one) before the run stops."""
+    """Share of a rank's samples (after its first 1,000) that may be undecodable and replaced before the run stops."""
 
 
 class AugmentConfig(Section):

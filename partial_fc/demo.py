@@ -32,7 +32,9 @@ def run_demo(config_path: Path, overrides: Sequence[str]) -> None:
     config = load_config(config_path, overrides)
     data = Path(config.data.path)
     if not (data / "train.idx").is_file():
-        if data.exists() and any(data.iterdir()):
+        # What a drawing that was killed leaves behind is overwritten.
+        left = {"demo_val.bin"} | {path.name for path in data.glob("*.partial")}
+        if data.exists() and any(path.name not in left for path in data.iterdir()):
             raise ConfigError(f"data.path is {data}, which holds files but no train.idx: empty it, or choose another")
         _draw_dataset(data, config)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -40,7 +42,10 @@ def run_demo(config_path: Path, overrides: Sequence[str]) -> None:
     train = _torchrun(processes, "train", str(config_path), *overrides)
     before = set(_runs(config))
     _show_and_run(train)
-    (run,) = set(_runs(config)) - before
+    new = sorted(set(_runs(config)) - before, key=lambda path: path.stat().st_mtime)
+    if not new:
+        raise PartialFCError(f"{config.train.run_dir} holds no new run: was it removed while the training ran?")
+    run = new[-1]
     _show_and_run([sys.executable, "-m", "partial_fc", "evaluate", str(run)])
     print()
     print(f"run folder    {run}")
@@ -55,13 +60,14 @@ def run_demo(config_path: Path, overrides: Sequence[str]) -> None:
 def _draw_dataset(folder: Path, config: Config) -> None:
     begin = time.monotonic()
     print(f"drawing a data set in {folder} (2,000 identities, 20 images each)", flush=True)
-    with Progress(disable=not sys.stdout.isatty()) as bar:
+    # No refresh thread: beside one, the workers would have to be spawned instead of forked, which takes seconds.
+    with Progress(disable=not sys.stdout.isatty(), auto_refresh=False) as bar:
         task = bar.add_task("drawing", total=None)
-        make_dataset(
-            folder,
-            image_size=config.data.image_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, refresh=True)
+
+        make_dataset(folder, image_size=config.data.image_size, progress=show)
     print(f"drawn in {time.monotonic() - begin:.0f} s", flush=True)
 
 

@@ -92,7 +92,8 @@ class SupportVectors(Negatives):
         self._check_filter()
         self._require(1 <= self.t <= 2, "t", "a strength in [1, 2]")
         self._require(self.mode in ("adaptive", "fixed"), "mode", "'adaptive' or 'fixed'")
-        self._require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1, or None for all")
+        whole = isinstance(self.top_k, int) and self.top_k >= 1
+        self._require(self.top_k is None or whole, "top_k", "a whole number, at least 1, or None for all")
 
     @property
     def coefficients(self) -> Coefficients | None:

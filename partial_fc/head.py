@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +67,9 @@ class _Prepared:
     labels: Tensor
     sizes: list[int]
     gathered: Tensor
+    unchecked: Tensor
     bad: Tensor | None
+    trains: bool
     ids: Tensor | None
     positives: int | None
 
@@ -214,6 +218,7 @@ class PartialFC(nn.Module):
             LabelError: on every rank, where a label of any rank is outside ``[0, num_classes)``.
             ValueError: where the tensor isn't ``[b]`` int64.
         """
+        self.check()
         if labels.dim() != 1 or labels.dtype != torch.int64:
             raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}, expected int64 of shape [b]")
         group = self.group
@@ -233,9 +238,7 @@ class PartialFC(nn.Module):
             self._raise_labels(gathered, sizes)
             checked = gathered
         ids, positives = self._sample(checked)
-        self._prepared = _Prepared(labels, sizes, checked, bad, ids, positives)
-        if bad is not None:
-            self._unchecked_labels = gathered
+        self._prepared = _Prepared(labels, sizes, checked, gathered, bad, self._trains, ids, positives)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the global batch.
@@ -245,7 +248,7 @@ class PartialFC(nn.Module):
         ``no_grad`` all classes are used, and no state changes.
 
         Args:
-            embeddings: ``[b, d]`` of this rank, any float dtype.
+            embeddings: ``[b, d]`` of this rank, any float dtype; b is the same on all ranks unless ``uneven_batches``.
             labels: ``[b]`` int64 global class ids of this rank.
 
         Returns:
@@ -268,6 +271,8 @@ class PartialFC(nn.Module):
         if prepared.labels is not labels:
             raise ValueError("forward got other labels than prepare(): pass the same tensor to both")
         training = self._trains
+        if prepared.trains != training:
+            prepared.ids, prepared.positives = self._sample(prepared.gathered)
         if training:
             self.position += sum(prepared.sizes)
             self._open_step += 1
@@ -287,7 +292,7 @@ class PartialFC(nn.Module):
         return loss
 
     def check(self) -> None:
-        """Raise what the last step found wrong, where checks are deferred (GPUs).
+        """Raise what the last step found wrong, where checks are deferred (GPUs); the next forward calls this, too.
 
         Cheap after ``loss.backward()``: it waits for the head's forward only, while the device works on.
 
@@ -309,12 +314,23 @@ class PartialFC(nn.Module):
 
         Returns:
             (cosines ``[b, k]``, class ids ``[b, k]`` int64) of the rows that this rank passed in, largest first.
+
+        Raises:
+            NonFiniteError: on every rank, for a NaN or infinite embedding.
+            ValueError: for another shape, or another k.
         """
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size:
+            raise ValueError(f"topk got embeddings {tuple(embeddings.shape)}, expected [b, {self.embedding_size}]")
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"topk got k={k}, expected 1 to {self.num_classes} (num_classes)")
         group, (compute_dtype, dtype) = self.group, self._definition.dtypes(self.weight)
         sizes = group.gather_sizes(len(embeddings), self.weight.device)
         unit = group.gather_embeddings(unit_rows(embeddings.to(dtype))[0].to(compute_dtype), sizes)
+        bad = (~torch.isfinite(unit).all(1)).nonzero()
+        if len(bad):
+            raise NonFiniteError(
+                f"topk got an embedding in {row_of(sizes, int(bad[0]))} that isn't finite, expected finite numbers"
+            )
         length = max(k, chunk_length(len(unit), len(self.weight), self._definition.chunk_size, unit.device))
         best = unit.new_full((len(unit), k), -torch.inf, dtype=dtype)
         classes = torch.full_like(best, -1, dtype=torch.int64)
@@ -366,10 +382,11 @@ class PartialFC(nn.Module):
             positive_classes=prepared.positives,
         )
         if result.failed is not None and prepared.bad is not None:
-            gathered, sizes = self._unchecked_labels, prepared.sizes
-            self._deferred = _DeferredCheck(prepared.bad, result.failed, lambda: self._raise_labels(gathered, sizes))
-        # The optimizer reads this: a failed step moves no momentum and decays no weight.
-        self.weight.failed_step = result.failed  # type: ignore[attr-defined]
+            raise_labels = functools.partial(self._raise_labels, prepared.unchecked, prepared.sizes)
+            self._deferred = _DeferredCheck(prepared.bad, result.failed, raise_labels)
+        if prepared.trains:
+            # The optimizer reads this: a failed step moves no momentum and decays no weight.
+            self.weight.failed_step = result.failed  # type: ignore[attr-defined]
 
     def _claim(self, serial: int, training: bool) -> RowUpdater | None:
         updater: RowUpdater | None = getattr(self.weight, "row_updater", None)
@@ -397,7 +414,7 @@ def _check_arguments(
         (embedding_size >= 1, "embedding_size", embedding_size, "at least 1"),
         (num_classes >= 1, "num_classes", num_classes, "at least 1"),
         (mining is None, "mining", mining, "None"),
-        (scale > 0, "scale", scale, "a number above 0"),
+        (0 < scale < math.inf, "scale", scale, "a finite number above 0"),
         (0 < sample_rate <= 1, "sample_rate", sample_rate, "a share in (0, 1]"),
         (chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1, or None"),
     )

@@ -44,11 +44,14 @@ class LossScale:
         """
         if not self.enabled:
             return True
-        values = [
-            parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-            for parameter in parameters
-            if parameter.grad is not None
-        ]
+        values = []
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                # An accumulated sparse gradient is a list of parts: values of a coalesced copy would be scaled in vain.
+                parameter.grad = parameter.grad.coalesce()
+                values.append(parameter.grad.values())
+            elif parameter.grad is not None:
+                values.append(parameter.grad)
         device = values[0].device if values else torch.device("cpu")
         overflows = torch.zeros((), device=device)
         for value in values:

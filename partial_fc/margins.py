@@ -147,9 +147,9 @@ class CombinedMargin(Margin):
     easy_margin: bool = False
 
     def __post_init__(self) -> None:
-        self._require(self.m1 > 0, "m1", "a factor above 0")
-        self._require(self.m2 >= 0, "m2", "an angle of at least 0 radians")
-        self._require(self.m3 >= 0, "m3", "a cosine margin of at least 0")
+        self._require(0 < self.m1 < math.inf, "m1", "a factor above 0")
+        self._require(0 <= self.m2 < math.inf, "m2", "an angle of at least 0 radians")
+        self._require(0 <= self.m3 < math.inf, "m3", "a cosine margin of at least 0")
 
     def _phi(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
         angle = self.m1 * torch.acos(cosine) + self.m2

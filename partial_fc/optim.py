@@ -34,13 +34,18 @@ class RowOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.in_backward = in_backward
         if in_backward:
-            for group in self.param_groups:
+            for number, group in enumerate(self.param_groups):
                 for param in group["params"]:
-                    param.row_updater = self._updater(param, group)
+                    taken = hasattr(param, "row_updater")
+                    _require(
+                        not taken, type(self).__name__, "in_backward", True, "one a parameter: call remove() first"
+                    )
+                    param.row_updater = self._updater(param, number)
 
-    def _updater(self, param: Tensor, group: dict[str, Any]) -> Callable[[slice | Tensor, Tensor, Tensor | None], None]:
+    def _updater(self, param: Tensor, number: int) -> Callable[[slice | Tensor, Tensor, Tensor | None], None]:
         def update(rows: slice | Tensor, gradient: Tensor, gate: Tensor | None) -> None:
-            self._update(param, group, rows, gradient, gate)
+            # Looked up at each call: load_state_dict puts new groups in the place of the old.
+            self._update(param, self.param_groups[number], rows, gradient, gate)
 
         return update
 
@@ -156,7 +161,7 @@ class RowSGD(RowOptimizer):
             gradient.add_(_unless(closed, param[rows]), alpha=group["weight_decay"])
         if group["momentum"]:
             buffer = self._rows_of(param, "momentum_buffer")
-            kept = group["momentum"] if closed is None else torch.where(closed, 1.0, group["momentum"])
+            kept = _held(closed, group["momentum"], gradient)
             moved = buffer[rows].mul_(kept).add_(gradient)
             if isinstance(rows, Tensor):
                 buffer.index_copy_(0, rows, moved)
@@ -206,21 +211,27 @@ class RowAdamW(RowOptimizer):
     ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self._rows_of(param, "exp_avg"), self._rows_of(param, "exp_avg_sq")
-        steps = self.state[param].setdefault("steps", torch.zeros(len(param), device=param.device))
-        hold1, hold2 = beta1, beta2
-        if closed is not None:
-            hold1, hold2 = torch.where(closed, 1.0, beta1), torch.where(closed, 1.0, beta2)
-        new_mean = mean[rows].mul_(hold1).add_(gradient, alpha=1 - beta1)
-        new_square = square[rows].mul_(hold2).addcmul_(gradient, gradient, value=1 - beta2)
+        if "steps" not in self.state[param]:
+            self.state[param]["steps"] = torch.zeros(len(param), device=param.device)
+        steps = self.state[param]["steps"]
+        new_mean = mean[rows].mul_(_held(closed, beta1, gradient)).add_(gradient, alpha=1 - beta1)
+        new_square = square[rows].mul_(_held(closed, beta2, gradient)).addcmul_(gradient, gradient, value=1 - beta2)
         count = steps[rows].add_(1 if closed is None else ~closed)
         if isinstance(rows, Tensor):
             mean.index_copy_(0, rows, new_mean)
             square.index_copy_(0, rows, new_square)
             steps.index_copy_(0, rows, count)
-        count = count.to(torch.float64 if param.dtype == torch.float64 else torch.float32).clamp_min(1)[:, None]
-        root = new_square.sqrt().div_((1 - beta2**count).sqrt()).add_(group["eps"])
-        change = (new_mean / (1 - beta1**count)).div_(root).add_(param[rows], alpha=group["weight_decay"])
+        # In float64: 1 - 0.999^1 keeps only four digits in float32.
+        count = count.double().clamp_min(1)[:, None]
+        correction1, correction2 = (1 - beta1**count).to(param.dtype), (1 - beta2**count).sqrt().to(param.dtype)
+        root = new_square.sqrt().div_(correction2).add_(group["eps"])
+        change = (new_mean / correction1).div_(root).add_(param[rows], alpha=group["weight_decay"])
         _subtract(param, rows, _unless(closed, change), group["lr"])
+
+
+def _held(closed: Tensor | None, factor: float, like: Tensor) -> float | Tensor:
+    """The factor of a running mean: 1 where ``closed``."""
+    return factor if closed is None else torch.where(closed, like.new_ones(()), like.new_full((), factor))
 
 
 def _unless(closed: Tensor | None, value: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ def joined_ranks(config: Config) -> Iterator[Place]:
     """Join the ranks that torchrun started (or be the only one), and leave them at the end."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = build.choose_device(config, local_rank)
+    try:
+        device = build.choose_device(config, local_rank)
+    except ConfigError as error:
+        # Local rank 0 may have found its GPU.
+        error.rank = rank
+        raise
     if device.type == "cuda":
         torch.cuda.set_device(device)
     place = Place(rank, world_size, local_rank, device)
@@ -187,7 +192,7 @@ class Trainer:
         journal = Journal(self.folder, self.steps, active=place.rank == 0)
         with journal, metrics, self.stream:
             if config.metrics.enabled:
-                metrics.start(config.metrics.port, config.metrics.address)
+                agreed(lambda: metrics.start(config.metrics.port, config.metrics.address))
             self._announce(journal, metrics)
             self._loop(journal, metrics)
             results = self._evaluate(self.steps, journal, metrics)
@@ -223,8 +228,9 @@ class Trainer:
             rates = self._set_learning_rates(step)
             loss = self._step(step)
             due = (step + 1) % config.train.log_every == 0 or step + 1 == self.steps
+            evaluates = every is not None and (step + 1) % every == 0 and step + 1 < self.steps
             journal.advance(step + 1)
-            if not on_cpu and not due:
+            if not (on_cpu or due or evaluates):
                 continue
             # Reading the loss is where a GPU synchronises, so it happens at the log's steps only.
             figures = _figures(loss, self.head.stats)
@@ -247,7 +253,7 @@ class Trainer:
                 logged, logged_at = step + 1, now
                 self._log(journal, step + 1, figures, rates, speed, seconds)
                 seconds = []
-            if every is not None and (step + 1) % every == 0 and step + 1 < self.steps:
+            if evaluates:
                 self._evaluate(step + 1, journal, metrics)
                 logged_at = time.perf_counter()
 

@@ -17,7 +17,11 @@ def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None
         dtype: what the operands are rounded to: float64, float32, bfloat16 or float16.
         out: where to put the result, ``[m, n]`` with unit stride in its last dimension; None: a new tensor.
     """
-    left, right = left.to(dtype), right.to(dtype)
+    with torch.autocast(left.device.type, enabled=False):
+        return _multiply(left.to(dtype), right.to(dtype), dtype, out)
+
+
+def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     if dtype in _LOW_PRECISION:
         if left.is_cuda:
             product = torch.mm(left, right, out_dtype=torch.float32)

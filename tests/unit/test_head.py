@@ -180,3 +180,36 @@ def test_a_step_needs_little_more_than_weights_and_momentum() -> None:
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment, timeout=300
     )
     assert 1.0 <= float(done.stdout) < 1.3, f"peak / (weights + momentum) is {done.stdout}"
+
+
+def test_a_deferred_failure_is_raised_by_the_next_forward() -> None:
+    head = pfc.PartialFC(4, 10, defer_checks=True)
+    head(torch.ones(2, 4), torch.tensor([0, 99])).backward()
+    with pytest.raises(pfc.LabelError, match="label 99 in row 1 of rank 0"):
+        head(torch.ones(2, 4), torch.tensor([0, 1]))
+    head(torch.ones(2, 4), torch.tensor([0, 1])).backward()
+    head.check()
+
+
+def test_prepare_and_forward_may_differ_in_mode() -> None:
+    head, labels = pfc.PartialFC(4, 100, sample_rate=0.1), torch.tensor([1, 2])
+    with torch.no_grad():
+        head.prepare(labels)
+    head(torch.ones(2, 4), labels)
+    assert head.stats is not None and head.stats.sampled_classes <= 12
+    head.prepare(labels)
+    with torch.no_grad():
+        head(torch.ones(2, 4), labels)
+    assert head.stats.sampled_classes == 100
+
+
+def test_topk_refuses_what_is_not_finite() -> None:
+    with pytest.raises(pfc.NonFiniteError, match="row 1 of rank 0"):
+        pfc.PartialFC(4, 10).topk(torch.tensor([[1.0, 0, 0, 0], [torch.nan, 0, 0, 0]]), 2)
+
+
+def test_autocast_leaves_the_products_alone() -> None:
+    head, embeddings = pfc.PartialFC(16, 50), torch.randn(4, 16)
+    values, _ = head.topk(embeddings, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.topk(embeddings, 3)[0], values)

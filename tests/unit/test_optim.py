@@ -154,3 +154,37 @@ def test_schedules() -> None:
 def test_bad_arguments(make: Any, match: str) -> None:
     with pytest.raises(pfc.ConfigError, match=match):
         make([torch.nn.Parameter(torch.zeros(2, 2))])
+
+
+def test_in_backward_follows_the_groups_of_a_loaded_state() -> None:
+    head = pfc.PartialFC(4, 10)
+    optimizer = RowSGD(head.parameters(), lr=0.1, in_backward=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = head.weight.detach().clone()
+    head(torch.randn(3, 4), torch.tensor([1, 2, 3])).backward()
+    assert torch.equal(head.weight, before)
+
+
+def test_a_second_optimizer_in_backward_is_refused_until_the_first_is_removed() -> None:
+    head = pfc.PartialFC(4, 10)
+    first = RowSGD(head.parameters(), lr=0.1, in_backward=True)
+    with pytest.raises(pfc.ConfigError, match="one a parameter"):
+        RowSGD(head.parameters(), lr=0.1, in_backward=True)
+    first.remove()
+    RowSGD(head.parameters(), lr=0.1, in_backward=True)
+
+
+@pytest.mark.parametrize(("optimizer", "options"), [(RowSGD, {"lr": 0.5, "momentum": 0.9}), (RowAdamW, {"lr": 0.01})])
+def test_the_gate_of_deferred_checks_changes_no_number(optimizer: Any, options: dict[str, Any]) -> None:
+    weights = []
+    for defer in (False, True):
+        head = pfc.PartialFC(8, 50, scale=16.0, defer_checks=defer).double()
+        optim = optimizer(head.parameters(), **options, in_backward=True)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            embeddings = torch.randn(9, 8, generator=generator, dtype=torch.float64).requires_grad_()
+            head(embeddings, torch.arange(9)).backward()
+            optim.step()
+        weights.append(head.weight.detach())
+    assert torch.equal(*weights)
