@@ -47,25 +47,16 @@ def load_backbone(folder: Path, backbone: nn.Module) -> None:
         CheckpointError: no saved model there, or one of another backbone.
     """
     state = {"backbone": backbone.state_dict()}
-    # Every rank reads the whole backbone for itself: no collective, so one rank's failure leaves none waiting.
-    _load(folder, state, no_dist=True)
+    _load(folder, state)
     backbone.load_state_dict(state["backbone"])
 
 
-def load_head(folder: Path, head: PartialFC) -> None:
-    """Read the class centres of a saved model, saved on any number of ranks, into ``head``; collective.
-
-    Raises:
-        CheckpointError: no saved model there, or one with another shape.
-    """
-    _load(folder, {"head": {"weight": _sharded(head)}}, no_dist=not dist.is_initialized())
-
-
-def _load(folder: Path, state: dict[str, Any], *, no_dist: bool) -> None:
+def _load(folder: Path, state: dict[str, Any]) -> None:
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: no saved model there, expected the folder 'model' of a finished run")
     try:
-        _quietly(load, state, checkpoint_id=folder, no_dist=no_dist)
+        # Every rank reads the whole backbone for itself: no collective, so one rank's failure leaves none waiting.
+        _quietly(load, state, checkpoint_id=folder, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: the saved model doesn't fit the configuration: {_last_line(error)}"

@@ -32,7 +32,3 @@ class ClassShards:
         """Global class ids ``[start, end)`` of a rank's shard; ``start == end`` where the shard is empty."""
         start = min(rank * self.rows_per_rank, self.num_classes)
         return start, min(start + self.rows_per_rank, self.num_classes)
-
-    def owner(self, class_id: int) -> int:
-        """The rank that owns a global class id."""
-        return class_id // self.rows_per_rank
