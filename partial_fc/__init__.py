@@ -1,7 +1,7 @@
 """Training and classification with very many classes: a sharded margin softmax with support-vector guidance."""
 
 from partial_fc import optim
-from partial_fc.emphasis import Plain, SupportVectors
+from partial_fc.emphasis import Curricular, Plain, SupportVectors
 from partial_fc.errors import (
     CheckpointError,
     ConfigError,
@@ -11,24 +11,31 @@ from partial_fc.errors import (
     PartialFCError,
 )
 from partial_fc.head import HeadStats, PartialFC
-from partial_fc.margins import ArcFace, CombinedMargin, CosFace, NormFace
+from partial_fc.margins import AdaFace, ArcFace, CombinedMargin, CosFace, MagFace, NormFace, SphereFace
+from partial_fc.mining import FocalLoss, HardMining
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaFace",
     "ArcFace",
     "CheckpointError",
     "CombinedMargin",
     "ConfigError",
     "CosFace",
+    "Curricular",
     "DataError",
+    "FocalLoss",
+    "HardMining",
     "HeadStats",
     "LabelError",
+    "MagFace",
     "NonFiniteError",
     "NormFace",
     "PartialFC",
     "PartialFCError",
     "Plain",
+    "SphereFace",
     "SupportVectors",
     "optim",
 ]

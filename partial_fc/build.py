@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,18 +12,21 @@ from torch import nn
 from partial_fc import models
 from partial_fc.config import Config
 from partial_fc.data import Augmentation, RecordReader, SampleOrder, SampleStream, open_stream
-from partial_fc.emphasis import Negatives, Plain, SupportVectors
+from partial_fc.emphasis import Curricular, Negatives, Plain, SupportVectors
 from partial_fc.errors import ConfigError
 from partial_fc.head import PartialFC
-from partial_fc.margins import ArcFace, CombinedMargin, CosFace, Margin, NormFace
+from partial_fc.margins import AdaFace, ArcFace, CombinedMargin, CosFace, MagFace, Margin, NormFace, SphereFace
+from partial_fc.mining import FocalLoss, HardMining, Mining
 from partial_fc.optim import RowAdamW, RowOptimizer, RowSGD, Schedule
 
 _MARGINS: dict[str, Callable[..., Margin]] = {
-    margin.__name__: margin for margin in (NormFace, CosFace, ArcFace, CombinedMargin)
+    margin.__name__: margin for margin in (NormFace, CosFace, ArcFace, CombinedMargin, SphereFace, MagFace, AdaFace)
 }
 _NEGATIVES: dict[str, Callable[..., Negatives]] = {
-    negatives.__name__: negatives for negatives in (Plain, SupportVectors)
+    negatives.__name__: negatives for negatives in (Plain, SupportVectors, Curricular)
 }
+_MININGS: dict[str, Callable[..., Mining]] = {mining.__name__: mining for mining in (FocalLoss, HardMining)}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "iresnet18": models.iresnet18,
     "iresnet34": models.iresnet34,
@@ -70,17 +73,32 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 
 
 def choose_precision(config: Config, device: torch.device) -> torch.dtype:
-    """What the products of backbone and head are rounded to: float32, bfloat16 or float16.
+    """What the products of the backbone are rounded to: float32, bfloat16 or float16.
 
     Raises:
-        ConfigError: fp16 or bf16 is asked for on a CPU.
+        ConfigError: anything but fp32 is asked for on a CPU.
     """
     name = config.train.precision
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name != "fp32" and device.type == "cpu":
-        raise ConfigError(f"train.precision is {name!r} on the CPU, expected auto or fp32 (half precision needs a GPU)")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        raise ConfigError(f"train.precision is {name!r} on the CPU, expected auto or fp32 (the others need a GPU)")
+    return _DTYPES[name]
+
+
+def choose_head_precision(config: Config, precision: torch.dtype) -> torch.dtype | Literal["tf32"] | None:
+    """What the products of the head are rounded to; None: not rounded.
+
+    Args:
+        config: the configuration.
+        precision: the backbone's (:func:`choose_precision`).
+    """
+    name = config.head.precision
+    if name == "auto":
+        if config.train.precision == "tf32":
+            return "tf32"
+        return None if precision == torch.float32 else precision
+    return "tf32" if name == "tf32" else None if name == "fp32" else _DTYPES[name]
 
 
 def build_reader(config: Config) -> RecordReader:
@@ -150,12 +168,23 @@ def build_head(config: Config, num_classes: int, place: Place, precision: torch.
         num_classes,
         margin=_MARGINS[section.margin.name](**section.margin.model_dump(exclude={"name"})),
         negatives=_NEGATIVES[section.negatives.name](**section.negatives.model_dump(exclude={"name"})),
+        mining=None
+        if section.mining is None
+        else _MININGS[section.mining.name](**section.mining.model_dump(exclude={"name"})),
         scale=section.scale,
         sample_rate=section.sample_rate,
         seed=seed,
+        sampled_classes=section.sampled_classes,
+        correct_sampling=section.correct_sampling,
+        margin_warmup_steps=section.margin_warmup_steps,
+        negatives_warmup_steps=section.negatives_warmup_steps,
         uneven_batches=uneven,
         chunk_size=section.chunk_size,
-        compute_dtype=None if precision == torch.float32 else precision,
+        logits_budget=section.logits_budget,
+        filter_gradient=section.filter_gradient,
+        kernels=section.kernels,
+        compute_dtype=choose_head_precision(config, precision),
+        storage_dtype=_DTYPES[section.storage],
         device=place.device,
     )
 
@@ -186,7 +215,14 @@ def build_optimizers(
     in_backward, _ = updates_in_backward(config)
     head_rate = section.head_learning_rate or section.learning_rate
     head_decay = section.weight_decay if section.head_weight_decay is None else section.head_weight_decay
-    shared: dict[str, Any] = {"max_row_norm": section.head_clip_row_norm, "in_backward": in_backward}
+    shared: dict[str, Any] = {
+        "max_value": section.head_clip_value,
+        "max_row_norm": section.head_clip_row_norm,
+        "state_dtype": None if section.head_state is None else _DTYPES[section.head_state],
+        "seed": config.train.seed,
+        "kernels": config.head.kernels,
+        "in_backward": in_backward,
+    }
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     fused = parameters[0].is_cuda
     of_backbone: torch.optim.Optimizer

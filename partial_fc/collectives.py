@@ -1,14 +1,15 @@
 """The head's collectives under names of the domain: every byte that the head sends goes through this file.
 
 Legend: W ranks, b rows of this rank, B rows of the global batch, d embedding size. The process group is read once and
-becomes integers. Each call is counted by name in :attr:`HeadGroup.calls`.
+becomes integers. Each call is counted by name in :attr:`HeadGroup.calls`. Those that something can run beside return a
+:class:`Pending` result.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,28 @@ _reduce_scatter: Callable[..., Any] = getattr(
 )
 
 
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
+    """A collective under way.
+
+    Args:
+        work: what the backend gave; None: the result is there.
+        finish: makes the result of what arrived.
+    """
+
+    def __init__(self, work: Any, finish: Callable[[], Result]) -> None:
+        self._work, self._finish = work, finish
+
+    def wait(self) -> Result:
+        """The result. On a GPU the stream waits for it, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._finish()
+
+
 class HeadGroup:
     """The ranks that share one head.
 
@@ -32,15 +55,17 @@ class HeadGroup:
     Attributes:
         rank: this process in the group.
         world_size: W.
+        reaches_host: whether tensors on the host can be sent.
         calls: how often each collective ran, by name.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self._group = process_group
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
-            self.rank, self.world_size = 0, 1
+            self.rank, self.world_size, self.reaches_host = 0, 1, True
         else:
             self.rank, self.world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+            self.reaches_host = self.world_size == 1 or "cpu:" in dist.get_backend_config(process_group)
         self.calls: Counter[str] = Counter()
 
     def gather_sizes(self, rows: int, device: torch.device) -> list[int]:
@@ -51,29 +76,29 @@ class HeadGroup:
         self._gather("sizes", sizes, torch.tensor([rows], dtype=torch.int64, device=device))
         return sizes.tolist()
 
-    def gather_labels(self, labels: Tensor, sizes: Sequence[int]) -> Tensor:
+    def gather_labels(self, labels: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
         """Labels ``[b]`` of every rank, in rank order: ``[B]``."""
         return self._gather_rows("labels", labels, sizes)
 
-    def gather_embeddings(self, embeddings: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Embeddings ``[b, d]`` of every rank, in rank order: ``[B, d]``."""
+    def gather_embeddings(self, embeddings: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
+        """Embeddings ``[b, d]`` (and what rides along) of every rank, in rank order: ``[B, d]``."""
         return self._gather_rows("embeddings", embeddings, sizes)
 
-    def sum_target_cosines(self, cosine: Tensor) -> Tensor:
-        """Target cosines ``[B]``, each known to its owner and 0 elsewhere: the same on all ranks. In place."""
-        if self.world_size > 1:
-            self.calls["target_cosines"] += 1
-            dist.all_reduce(cosine, group=self._group)
-        return cosine
+    def sum_target_cosines(self, cosine: Tensor) -> Pending[Tensor]:
+        """Target cosines ``[B]`` (and what rides along), each known to its owner and 0 elsewhere. In place."""
+        if self.world_size == 1:
+            return Pending(None, lambda: cosine)
+        self.calls["target_cosines"] += 1
+        return Pending(dist.all_reduce(cosine, group=self._group, async_op=True), lambda: cosine)
 
     def gather_normalizers(self, parts: Tensor) -> Tensor:
         """Each shard's partial normalizers ``[n, B]`` (maximum, sum, and what goes with them): ``[W, n, B]``."""
         return self._stack("normalizers", parts)
 
-    def scatter_embedding_gradient(self, gradient: Tensor, sizes: Sequence[int]) -> Tensor:
+    def scatter_embedding_gradient(self, gradient: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
         """Sum of the shards' gradients ``[B, d]``, each rank receiving its own rows: ``[b, d]``."""
         if self.world_size == 1:
-            return gradient
+            return Pending(None, lambda: gradient)
         most = max(sizes)
         if min(sizes) < most:
             padded = gradient.new_zeros(self.world_size, most, *gradient.shape[1:])
@@ -82,8 +107,8 @@ class HeadGroup:
             gradient = padded.flatten(0, 1)
         mine = gradient.new_empty(most, *gradient.shape[1:])
         self.calls["embedding_gradient"] += 1
-        _reduce_scatter(mine, gradient.contiguous(), group=self._group)
-        return mine[: sizes[self.rank]]
+        work = _reduce_scatter(mine, gradient.contiguous(), group=self._group, async_op=True)
+        return Pending(work, lambda: mine[: sizes[self.rank]])
 
     def gather_candidates(self, candidates: Tensor) -> Tensor:
         """Each shard's top-k values or classes ``[B, k]`` of :meth:`PartialFC.topk`: ``[W, B, k]``."""
@@ -103,18 +128,22 @@ class HeadGroup:
         self._gather(name, stacked, tensor.contiguous())
         return stacked
 
-    def _gather_rows(self, name: str, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def _gather_rows(self, name: str, rows: Tensor, sizes: Sequence[int]) -> Pending[Tensor]:
         if self.world_size == 1:
-            return rows
+            return Pending(None, lambda: rows)
         most = max(sizes)
         if len(rows) < most:
             rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
         gathered = rows.new_empty(self.world_size, most, *rows.shape[1:])
-        self._gather(name, gathered, rows.contiguous())
-        if min(sizes) == most:
-            return gathered.flatten(0, 1)
-        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+        work = self._gather(name, gathered, rows.contiguous(), wait=False)
 
-    def _gather(self, name: str, output: Tensor, tensor: Tensor) -> None:
+        def finish() -> Tensor:
+            if min(sizes) == most:
+                return gathered.flatten(0, 1)
+            return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+        return Pending(work, finish)
+
+    def _gather(self, name: str, output: Tensor, tensor: Tensor, *, wait: bool = True) -> Any:
         self.calls[name] += 1
-        _all_gather(output.flatten(), tensor.flatten(), group=self._group)
+        return _all_gather(output.flatten(), tensor.flatten(), group=self._group, async_op=not wait)

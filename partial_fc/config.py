@@ -127,6 +127,55 @@ class CombinedMarginConfig(Section):
     """No margin where the target cosine is at most 0."""
 
 
+class SphereFaceConfig(Section):
+    """Multiplicative angular margin, cos(m theta) unfolded, annealed: (lambda c + psi) / (1 + lambda)."""
+
+    name: Literal["SphereFace"] = "SphereFace"
+    """Which margin."""
+    m: Count = 4
+    """Factor of the angle, a whole number."""
+    lambda_min: NotNegative = 5.0
+    """Weight of the bare cosine in the end; 5 and the three below are the authors' published setting."""
+    lambda_start: NotNegative = 1000.0
+    """Weight of the bare cosine at first."""
+    gamma: NotNegative = 0.12
+    """How fast that weight falls, per step (the official SV-X layer: 1e-4, with power 2)."""
+    power: NotNegative = 1.0
+    """Exponent of the fall."""
+
+
+class MagFaceConfig(Section):
+    """Angular margin that grows with the norm of the embedding, and a regularizer that draws norms up."""
+
+    name: Literal["MagFace"] = "MagFace"
+    """Which margin."""
+    l_a: Positive = 10.0
+    """Smallest norm; smaller ones count as this."""
+    u_a: Positive = 110.0
+    """Largest norm; larger ones count as this."""
+    l_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.45
+    """Margin at l_a, in radians."""
+    u_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.8
+    """Margin at u_a, in radians."""
+    lambda_g: NotNegative = 35.0
+    """Weight of the regularizer."""
+    easy_margin: bool = False
+    """No margin where the target cosine is at most 0."""
+
+
+class AdaFaceConfig(Section):
+    """Angular and cosine margin by image quality, read off the norm of the embedding."""
+
+    name: Literal["AdaFace"] = "AdaFace"
+    """Which margin."""
+    m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.4
+    """Margin, on the angle in radians and on the cosine."""
+    h: NotNegative = 0.333
+    """How strongly the norm acts."""
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Weight of a batch in the running mean and deviation of the norms."""
+
+
 class PlainConfig(Section):
     """No emphasis of negatives."""
 
@@ -151,36 +200,97 @@ class SupportVectorsConfig(Section):
     """Negatives whose cosine lies above this leave the sum (noisy labels); null: none do."""
 
 
+class CurricularConfig(Section):
+    """Negatives above the boundary count more as training goes on: c (tau + c), tau the mean target cosine."""
+
+    name: Literal["Curricular"] = "Curricular"
+    """Which emphasis."""
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Weight of a batch in the running mean tau."""
+    top_k: Count | None = None
+    """Keep only the k hardest support vectors of each sample, over all shards; null: all."""
+    filter_above: Cosine | None = None
+    """Negatives whose cosine lies above this leave the sum (noisy labels); null: none do."""
+
+
+class FocalLossConfig(Section):
+    """Easy samples count less: (1 - p)^gamma times the loss of each sample."""
+
+    name: Literal["FocalLoss"] = "FocalLoss"
+    """Which mining."""
+    gamma: NotNegative = 2.0
+    """How much less; 0 is the plain mean."""
+
+
+class HardMiningConfig(Section):
+    """The mean over the hardest samples of the global (micro) batch."""
+
+    name: Literal["HardMining"] = "HardMining"
+    """Which mining."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the samples that count."""
+
+
 MarginConfig = Annotated[
-    NormFaceConfig | CosFaceConfig | ArcFaceConfig | CombinedMarginConfig, Field(discriminator="name")
+    NormFaceConfig
+    | CosFaceConfig
+    | ArcFaceConfig
+    | CombinedMarginConfig
+    | SphereFaceConfig
+    | MagFaceConfig
+    | AdaFaceConfig,
+    Field(discriminator="name"),
 ]
-NegativesConfig = Annotated[PlainConfig | SupportVectorsConfig, Field(discriminator="name")]
+NegativesConfig = Annotated[PlainConfig | SupportVectorsConfig | CurricularConfig, Field(discriminator="name")]
+MiningConfig = Annotated[FocalLossConfig | HardMiningConfig, Field(discriminator="name")]
 
 
 class HeadConfig(Section):
-    """The classifier and its loss. A margin or emphasis may be given as its name alone: ``margin: ArcFace``."""
+    """The classifier and its loss. A margin, emphasis or mining may be its name alone: ``margin: ArcFace``."""
 
     margin: MarginConfig = CosFaceConfig()
     """Target margin, by name with its parameters."""
     negatives: NegativesConfig = PlainConfig()
     """Emphasis of negatives, by name with its parameters."""
+    mining: MiningConfig | None = None
+    """Sample mining, by name with its parameters; null: the mean of all samples."""
+    margin_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the margin grows from 0 (SphereFace anneals by itself)."""
+    negatives_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the emphasis grows from none (Curricular adapts by itself)."""
     scale: Positive = 64.0
     """Scale of the cosines; 64 is the setting of CosFace and ArcFace."""
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the classes that a step draws, besides those of its batch (Partial-FC)."""
+    sampled_classes: Count | None = None
+    """How many classes a step draws over all ranks, instead of sample_rate; null: by the rate."""
+    correct_sampling: bool = False
+    """Weigh the drawn negatives so that they stand for those that weren't drawn."""
     in_backward: Literal["auto"] | bool = "auto"
     """Update the class centres chunk by chunk inside the backward pass, without a gradient in memory; auto: where
     gradient accumulation, fp16 and head_clip_norm allow it."""
     chunk_size: Count | None = None
     """Classes that are walked at once; null: sized to the cache."""
+    logits_budget: Annotated[int, Field(ge=0)] = 0
+    """Bytes of products that each rank's forward may keep for the backward, which makes the others again."""
+    filter_gradient: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Leave a class out of its own gradient's product where its softmax weight is below this for the whole batch;
+    null: exact."""
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """What runs the elementwise part; auto: torch.compile where it works and repays its time, else plain PyTorch."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """What the head's products are rounded to; auto: as train.precision."""
+    storage: Literal["fp32", "bf16"] = "fp32"
+    """Type of the stored class centres; bf16 halves them, and is rounded stochastically."""
 
-    @field_validator("margin", "negatives", mode="before")
+    @field_validator("margin", "negatives", "mining", mode="before")
     @classmethod
     def _name_alone(cls, value: Any, info: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
-        if isinstance(value, dict) and "name" not in value:
-            return {"name": cls.model_fields[info.field_name].default.name, **value}
+        default = cls.model_fields[info.field_name].default
+        if isinstance(value, dict) and "name" not in value and default is not None:
+            return {"name": default.name, **value}
         return value
 
 
@@ -221,6 +331,10 @@ class OptimConfig(Section):
     """Largest norm of the class centres' gradient over all shards; null: no clipping."""
     head_clip_row_norm: Positive | None = None
     """Largest norm of the gradient of one class centre; null: no clipping."""
+    head_clip_value: Positive | None = None
+    """Largest absolute value in the gradient of a class centre; null: no clipping."""
+    head_state: Literal["fp32", "bf16"] | None = None
+    """Type of the class centres' optimizer state; bf16 is rounded stochastically. Null: as head.storage."""
 
 
 class TrainConfig(Section):
@@ -234,8 +348,8 @@ class TrainConfig(Section):
     """Length of the run in passes over the data; give this or steps."""
     accumulate: Count = 1
     """Micro batches whose gradients are summed for one step."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Type of the backbone's products; auto: bf16 on GPUs that have it, else fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Type of the backbone's products (tf32: of fp32 products on GPUs); auto: bf16 on GPUs that have it, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on GPUs where there are any."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -334,6 +448,17 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(("optim.milestones", "optim.schedule"), text)
     elif list(optim.milestones) != sorted(set(optim.milestones)):
         yield Contradiction(("optim.milestones",), f"got {list(optim.milestones)}, expected steps that rise")
+    if head.sampled_classes is not None and head.sample_rate != 1:
+        text = f"got {head.sampled_classes} next to head.sample_rate={head.sample_rate:g}, expected only one of them"
+        yield Contradiction(("head.sampled_classes", "head.sample_rate"), text)
+    if head.correct_sampling and head.sampled_classes is None and head.sample_rate == 1:
+        text = "got true, expected false where all classes are used (head.sample_rate=1)"
+        yield Contradiction(("head.correct_sampling", "head.sample_rate"), text)
+    if isinstance(head.margin, MagFaceConfig) and not (
+        head.margin.l_a < head.margin.u_a and head.margin.l_m <= head.margin.u_m
+    ):
+        text = "got bounds of MagFace that don't rise, expected l_a < u_a and l_m <= u_m"
+        yield Contradiction(("head.margin",), text)
     if head.in_backward is True:
         for key, value, bad in [
             ("optim.head_clip_norm", optim.head_clip_norm, optim.head_clip_norm is not None),

@@ -237,7 +237,7 @@ class _Schema:
             members = node["discriminator"]["mapping"]
             name = value.get("name") if isinstance(value, dict) else value
             if not isinstance(name, str):
-                name = node["default"]["name"]
+                name = (node["default"] or {}).get("name")
             node = {"$ref": members[name]} if name in members else node
         while "$ref" in node:
             node = self.root["$defs"][node["$ref"].rpartition("/")[2]]
@@ -247,7 +247,7 @@ class _Schema:
         """The schema of a key, unions unresolved; empty where there is no such key."""
         node = self.root
         for part in key:
-            node = self.resolve(node, data).get("properties", {}).get(part, {})
+            node = _without_null(self.resolve(node, data).get("properties", {}).get(part, {}))
             data = data.get(part) if isinstance(data, dict) else None
         return node
 
@@ -268,13 +268,14 @@ class _Schema:
         inside = self.resolve(self.root if node is None else node).get("properties", {})
         for name, inner in inside.items():
             yield (*key, name)
-            if "oneOf" not in inner:
+            if "oneOf" not in _without_null(inner):
                 yield from self.leaves(inner, (*key, name))
 
     def describe(self, node: dict[str, Any]) -> str:
         """In words: what values a schema admits."""
         if "oneOf" in node:
-            return f"one of {', '.join(node['discriminator']['mapping'])}, alone or as the name of a mapping"
+            null = " or null" if node.get("nullable") else ""
+            return f"one of {', '.join(node['discriminator']['mapping'])}, alone or as the name of a mapping{null}"
         node = self.resolve(node)
         if "anyOf" in node:
             return " or ".join(self.describe(each) for each in node["anyOf"])
@@ -293,6 +294,12 @@ class _Schema:
         if "pattern" in node:
             kind += f" that matches {node['pattern']}"
         return kind + _limits(node)
+
+
+def _without_null(node: dict[str, Any]) -> dict[str, Any]:
+    """A union of named members that may be null, written as the union alone."""
+    unions = [each for each in node.get("anyOf", []) if "discriminator" in each]
+    return {**unions[0], "default": node.get("default"), "nullable": True} if unions else node
 
 
 def _limits(node: dict[str, Any]) -> str:

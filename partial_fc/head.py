@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partial_fc.autograd import (
-    Definition,
-    RowUpdater,
-    ShardedSoftmax,
-    Step,
-    chunk_length,
-    inverse_norms,
-    row_of,
-    unit_rows,
-    walk,
-)
+from partial_fc.autograd import ShardedSoftmax
+from partial_fc.chunks import KeptProducts, Walk, inverse_norms, unit_rows
 from partial_fc.collectives import HeadGroup
 from partial_fc.emphasis import Negatives, SupportVectors
 from partial_fc.errors import ConfigError, LabelError, NonFiniteError
-from partial_fc.kernels import multiply
+from partial_fc.kernels import BACKENDS
 from partial_fc.margins import CosFace, Margin
+from partial_fc.mining import Mining
 from partial_fc.normalizer import keep_largest
 from partial_fc.permutation import hash64
-from partial_fc.sampling import sampled_classes
+from partial_fc.sampling import SampledClasses, sampled_classes
 from partial_fc.sharding import ClassShards
+from partial_fc.step import Correction, Engine, Loss, RowUpdater, Step, row_of
 
 # Rows of a block of initial centres: a whole block is drawn, then cut to the shard, so W does not matter.
 _INIT_BLOCK = 4096
 _INIT_STD = 0.01
 _INIT_STREAM = 0x1417
+# Counted on the host, and saved with the head.
+_COUNTERS = ("position", "step")
 # Frozen, so one instance may serve all heads.
 _DEFAULT_MARGIN = CosFace()
 _DEFAULT_NEGATIVES = SupportVectors()
@@ -62,16 +58,29 @@ class HeadStats:
 
 @dataclass
 class _Prepared:
-    """Labels gathered early, and what follows from them."""
+    """Labels gathered early, and what follows from them.
 
-    labels: Tensor
+    Attributes:
+        given: what the caller passed.
+        sizes: rows of each rank.
+        unchecked: ``[B]`` global labels as they came.
+        labels: ``[B]`` on the device of the weight, 0 where one is out of range.
+        bad: 0-dim bool, whether one is; None where that was raised at once.
+        on_host: ``labels`` on the host, from which classes are sampled; None where nothing is sampled.
+        arrived: recorded once ``on_host`` is filled; None: it is.
+        trains: whether ``sampled`` was made for a training step.
+        sampled: the classes to walk; None: all, or not sampled yet.
+    """
+
+    given: Tensor
     sizes: list[int]
-    gathered: Tensor
     unchecked: Tensor
+    labels: Tensor
     bad: Tensor | None
+    on_host: Tensor | None
+    arrived: torch.cuda.Event | None
     trains: bool
-    ids: Tensor | None
-    positives: int | None
+    sampled: SampledClasses | None = None
 
 
 class _DeferredCheck:
@@ -113,17 +122,32 @@ class PartialFC(nn.Module):
     Args:
         embedding_size: d.
         num_classes: C, over all ranks.
-        margin: target margin (``CosFace``, ``ArcFace``, ``CombinedMargin``, ``NormFace``).
-        negatives: negative emphasis (``SupportVectors``, ``Plain``).
-        mining: sample mining; only None (the mean of all samples) so far.
+        margin: target margin (``CosFace``, ``ArcFace``, ``CombinedMargin``, ``NormFace``, ``SphereFace``, ``MagFace``,
+            ``AdaFace``).
+        negatives: negative emphasis (``SupportVectors``, ``Curricular``, ``Plain``).
+        mining: sample mining (``FocalLoss``, ``HardMining``); None: the mean of all samples.
         scale: s, the factor of all cosines.
-        sample_rate: share of the classes that a training step uses beside the batch's positives, in (0, 1].
+        sample_rate: share of the classes that a training step draws beside the batch's positives, in (0, 1].
         seed: of initial centres and class sampling. Both are functions of (seed, class or position) only.
         process_group: the ranks that share the head; None: the default group, or one process where there is none.
+        sampled_classes: how many classes a training step draws over all ranks, instead of ``sample_rate``.
+        correct_sampling: weigh drawn classes that aren't positives by how many of those there are for each drawn, so
+            that the normalizer estimates that of all classes.
+        margin_warmup_steps: training steps over which the margin grows from 0 (``SphereFace`` anneals by itself).
+        negatives_warmup_steps: training steps over which the emphasis grows from none (``Curricular`` adapts itself).
         uneven_batches: allow another number of rows on each rank (one more tiny collective a step).
         chunk_size: classes of a chunk; None: by the size of the cache.
-        compute_dtype: what the operands of the products are rounded to (``torch.bfloat16`` on GPUs); None: not rounded.
-            Sums, norms and exponentials are float32 always (float64 after ``double()``).
+        logits_budget: bytes of products that the forward may keep for the backward, which makes the others again.
+        filter_gradient: a class whose softmax weight is below this for every row of the batch is left out of the
+            product that makes the centres' gradient; its momentum and decay still apply. An approximation: each row
+            misses at most scale x this (x the emphasis) of its pull on such a centre. On a GPU the host waits for
+            each chunk. None: exact.
+        kernels: ``compiled``, ``triton`` (GPUs) or ``eager``; ``auto``: compiled where it works and repays its time.
+        compute_dtype: what the operands of the products are rounded to (``torch.bfloat16`` or ``torch.float16``), or
+            ``"tf32"`` (on GPUs); None: not rounded. Sums, norms and exponentials are float32 always (float64 after
+            ``double()``).
+        storage_dtype: of the centres: float32, or bfloat16 for half the memory (with a row optimizer, which rounds
+            stochastically).
         device: of the centres.
         defer_checks: report bad labels and values that aren't finite in :meth:`check` instead of at once; None: on
             GPUs, where raising at once would stall the device. Such a step trains nothing either way.
@@ -131,6 +155,7 @@ class PartialFC(nn.Module):
     Attributes:
         weight: class centres of this rank, ``[local classes, d]``.
         position: samples consumed so far, a 0-dim int64 buffer (on the CPU). A training forward advances it by B.
+        step: training forwards so far, likewise; warm-ups and annealed margins read it.
         shards: how the classes are split.
         stats: statistics of the last step, or None.
 
@@ -140,6 +165,7 @@ class PartialFC(nn.Module):
 
     weight: nn.Parameter
     position: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -147,39 +173,67 @@ class PartialFC(nn.Module):
         num_classes: int,
         margin: Margin = _DEFAULT_MARGIN,
         negatives: Negatives = _DEFAULT_NEGATIVES,
-        mining: None = None,
+        mining: Mining | None = None,
         scale: float = 64.0,
         sample_rate: float = 1.0,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         *,
+        sampled_classes: int | None = None,
+        correct_sampling: bool = False,
+        margin_warmup_steps: int = 0,
+        negatives_warmup_steps: int = 0,
         uneven_batches: bool = False,
         chunk_size: int | None = None,
-        compute_dtype: torch.dtype | None = None,
+        logits_budget: int = 0,
+        filter_gradient: float | None = None,
+        kernels: str = "auto",
+        compute_dtype: torch.dtype | Literal["tf32"] | None = None,
+        storage_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         defer_checks: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(embedding_size, num_classes, mining, scale, sample_rate, chunk_size)
+        tf32 = compute_dtype == "tf32"
+        _check_arguments(locals())
         group = HeadGroup(process_group)
-        self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.sample_rate, self.seed, self.uneven_batches = sample_rate, seed, uneven_batches
+        self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
+        self.margin, self.negatives, self.mining = margin, negatives, mining
+        self.sampled_classes = round(sample_rate * num_classes) if sampled_classes is None else sampled_classes
+        self.correct_sampling, self.uneven_batches = correct_sampling, uneven_batches
         self.shards = ClassShards(num_classes, group.world_size)
         self.stats: HeadStats | None = None
-        self._definition = Definition(group, margin, negatives, scale, compute_dtype, chunk_size)
+        self._warmups = margin_warmup_steps, negatives_warmup_steps
+        self._engine = Engine(
+            group=group,
+            scale=scale,
+            compute_dtype=compute_dtype if isinstance(compute_dtype, torch.dtype) else None,
+            tf32=tf32,
+            chunk_size=chunk_size,
+            kernels=kernels,
+            filter_gradient=filter_gradient,
+            kept=KeptProducts(logits_budget),
+        )
         self._start, self._end = self.shards.bounds(group.rank)
         self._defer_checks = defer_checks
         self._prepared: _Prepared | None = None
         self._deferred: _DeferredCheck | None = None
         self._open_step = 0
-        self.weight = nn.Parameter(torch.empty(self._end - self._start, embedding_size, device=device))
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device="cpu"))
+        shape = (self._end - self._start, embedding_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=storage_dtype, device=device))
+        # Optimizers that round stochastically do it by global class.
+        self.weight.first_class = self._start  # type: ignore[attr-defined]
+        for name in _COUNTERS:
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device="cpu"))
+        for prefix, axis in (("margin", margin), ("negatives", negatives)):
+            for name, value in axis.initial_state().items():
+                self.register_buffer(f"{prefix}_{name}", value.to(self.weight.device))
         self.reset_parameters()
 
     @property
     def group(self) -> HeadGroup:
         """The ranks that share the head; ``group.calls`` counts their collectives."""
-        return self._definition.group
+        return self._engine.group
 
     def reset_parameters(self) -> None:
         """Draw the centres: normal, std 0.01, the same for any world size (on one kind of device)."""
@@ -194,18 +248,21 @@ class PartialFC(nn.Module):
                 self.weight[low - self._start : high - self._start] = rows[low - first : high - first]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        position = self.position
+        counters = {name: getattr(self, name) for name in _COUNTERS}
         super()._apply(fn, recurse)
-        # Reading the position must never wait for a device.
-        self.position = position
+        # Reading these must never wait for a device.
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self.weight.first_class = self._start  # type: ignore[attr-defined]
         return self
 
     def extra_repr(self) -> str:
         """The loss and this rank's classes."""
-        definition = self._definition
+        sampled = min(self.sampled_classes, self.num_classes)
         return (
-            f"{self.embedding_size}, {self.num_classes}, margin={definition.margin}, negatives={definition.negatives}, "
-            f"scale={definition.scale:g}, sample_rate={self.sample_rate:g}, classes=[{self._start}, {self._end})"
+            f"{self.embedding_size}, {self.num_classes}, margin={self.margin}, negatives={self.negatives}, "
+            f"mining={self.mining}, scale={self._engine.scale:g}, sampled_classes={sampled}, "
+            f"classes=[{self._start}, {self._end})"
         )
 
     def prepare(self, labels: Tensor) -> None:
@@ -221,24 +278,29 @@ class PartialFC(nn.Module):
         self.check()
         if labels.dim() != 1 or labels.dtype != torch.int64:
             raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}, expected int64 of shape [b]")
-        group = self.group
-        there = labels.to(self.weight.device, non_blocking=True)
+        group, device = self.group, self.weight.device
+        # Labels that are on the host and can be gathered there need no GPU at all.
+        there = labels if labels.device.type == "cpu" and group.reaches_host else labels.to(device, non_blocking=True)
+        sizes = [len(labels)] * group.world_size
         if self.uneven_batches:
             sizes = group.gather_sizes(len(labels), there.device)
-        else:
-            sizes = [len(labels)] * group.world_size
         if sum(sizes) == 0:
             raise ValueError("the global batch is empty, expected at least one row on some rank")
-        gathered = group.gather_labels(there, sizes)
-        bad, outside = None, (gathered < 0) | (gathered >= self.num_classes)
-        if self._defers:
-            bad = outside.any()
-            checked = torch.where(outside, 0, gathered)
+        unchecked = group.gather_labels(there, sizes).wait()
+        outside, bad = (unchecked < 0) | (unchecked >= self.num_classes), None
+        if self._defer_checks if self._defer_checks is not None else unchecked.is_cuda:
+            bad = outside.any().to(device, non_blocking=True)
+            checked = torch.where(outside, 0, unchecked)
         else:
-            self._raise_labels(gathered, sizes)
-            checked = gathered
-        ids, positives = self._sample(checked)
-        self._prepared = _Prepared(labels, sizes, checked, gathered, bad, self._trains, ids, positives)
+            self._raise_labels(unchecked, sizes)
+            checked = unchecked
+        on_host, arrived = None, None
+        if self._samples:
+            on_host, arrived = _to_host(checked)
+        prepared = _Prepared(labels, sizes, unchecked, _to_device(checked, device), bad, on_host, arrived, self._trains)
+        if arrived is None:
+            self._sample(prepared)
+        self._prepared = prepared
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the global batch.
@@ -268,23 +330,39 @@ class PartialFC(nn.Module):
             self.prepare(labels)
         prepared, self._prepared = self._prepared, None
         assert prepared is not None
-        if prepared.labels is not labels:
+        if prepared.given is not labels:
             raise ValueError("forward got other labels than prepare(): pass the same tensor to both")
-        training = self._trains
-        if prepared.trains != training:
-            prepared.ids, prepared.positives = self._sample(prepared.gathered)
+        training, number, device = self._trains, int(self.step), self.weight.device
+        if prepared.arrived is not None:
+            # The labels were on their way before the backbone was; the device goes on with that.
+            prepared.arrived.synchronize()
+        if prepared.arrived is not None or prepared.trains != training:
+            prepared.trains = training
+            self._sample(prepared)
+        sampled, deferred = prepared.sampled, prepared.bad
+        if deferred is None and self._defers:
+            deferred = torch.zeros((), dtype=torch.bool, device=device)
+        ids = None if sampled is None else _to_device(sampled.ids, device)
+        correction = None
+        if sampled is not None and self.correct_sampling:
+            correction = self._correction(sampled, prepared)
         if training:
             self.position += sum(prepared.sizes)
+            self.step += 1
             self._open_step += 1
         serial = self._open_step
         step = Step(
-            definition=self._definition,
+            engine=self._engine,
+            loss=self._loss_at(number),
+            number=number,
+            trains=training,
             sizes=prepared.sizes,
-            labels=prepared.gathered,
+            labels=prepared.labels,
             start=self._start,
             local_classes=self._end - self._start,
-            ids=prepared.ids,
-            deferred=prepared.bad,
+            ids=ids,
+            correction=correction,
+            deferred=deferred,
             claim=lambda: self._claim(serial, training),
         )
         loss: Tensor = ShardedSoftmax.apply(embeddings, self.weight, step)
@@ -323,19 +401,20 @@ class PartialFC(nn.Module):
             raise ValueError(f"topk got embeddings {tuple(embeddings.shape)}, expected [b, {self.embedding_size}]")
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"topk got k={k}, expected 1 to {self.num_classes} (num_classes)")
-        group, (compute_dtype, dtype) = self.group, self._definition.dtypes(self.weight)
+        group, engine, (compute_dtype, dtype) = self.group, self._engine, self._engine.dtypes(self.weight)
         sizes = group.gather_sizes(len(embeddings), self.weight.device)
-        unit = group.gather_embeddings(unit_rows(embeddings.to(dtype))[0].to(compute_dtype), sizes)
+        unit = group.gather_embeddings(unit_rows(embeddings.to(dtype))[0].to(compute_dtype), sizes).wait()
         bad = (~torch.isfinite(unit).all(1)).nonzero()
         if len(bad):
             raise NonFiniteError(
                 f"topk got an embedding in {row_of(sizes, int(bad[0]))} that isn't finite, expected finite numbers"
             )
-        length = max(k, chunk_length(len(unit), len(self.weight), self._definition.chunk_size, unit.device))
         best = unit.new_full((len(unit), k), -torch.inf, dtype=dtype)
         classes = torch.full_like(best, -1, dtype=torch.int64)
-        for chunk in walk(self.weight, None, length, dtype):
-            cosine = multiply(unit, chunk.centres.T, compute_dtype).mul_(inverse_norms(chunk.centres)).clamp_(-1, 1)
+        for chunk in Walk(self.weight, None, len(unit), engine.chunk_size):
+            with torch.autocast(unit.device.type, enabled=False):
+                cosine = engine.multiply(unit, chunk.centres.T, compute_dtype)
+            cosine.mul_(inverse_norms(chunk.centres, dtype)).clamp_(-1, 1)
             ids = torch.arange(chunk.begin, chunk.end, device=unit.device).expand(len(unit), -1) + self._start
             best, classes = _largest(torch.cat([best, cosine], 1), torch.cat([classes, ids], 1), k)
         best_all = group.gather_candidates(best).transpose(0, 1).flatten(1)
@@ -352,14 +431,50 @@ class PartialFC(nn.Module):
     def _defers(self) -> bool:
         return self.weight.is_cuda if self._defer_checks is None else self._defer_checks
 
-    def _sample(self, labels: Tensor) -> tuple[Tensor | None, int | None]:
-        drawn = round(self.sample_rate * self.num_classes)
-        if not self._trains or drawn >= self.num_classes:
-            return None, None
-        position = int(self.position)
-        return sampled_classes(
-            labels, self.num_classes, drawn, seed=self.seed, position=position, start=self._start, end=self._end
+    @property
+    def _samples(self) -> bool:
+        return self.sampled_classes < self.num_classes
+
+    def _sample(self, prepared: _Prepared) -> None:
+        """Draw the classes to walk, on the host."""
+        prepared.sampled = None
+        if not prepared.trains or prepared.on_host is None:
+            return
+        prepared.sampled = sampled_classes(
+            prepared.on_host,
+            self.num_classes,
+            self.sampled_classes,
+            seed=self.seed,
+            position=int(self.position),
+            start=self._start,
+            end=self._end,
         )
+
+    def _correction(self, sampled: SampledClasses, prepared: _Prepared) -> Correction:
+        assert prepared.on_host is not None
+        device = self.weight.device
+        return Correction(
+            positive_P=_to_device(sampled.positive, device),
+            negatives=self.num_classes - len(prepared.on_host.unique()),
+            drawn=self.sampled_classes,
+            drawn_positives=torch.full((), sampled.drawn_positives, device=device),
+        )
+
+    def _loss_at(self, number: int) -> Loss:
+        """The three axes at a training step, warm-ups applied."""
+        margin_share, negatives_share = (min(1.0, (number + 1) / max(steps, 1)) for steps in self._warmups)
+        return Loss(
+            self.margin if margin_share == 1 else self.margin.weakened(margin_share),
+            self.negatives if negatives_share == 1 else self.negatives.weakened(negatives_share),
+            self.mining,
+            {name: getattr(self, f"margin_{name}") for name in self.margin.initial_state()},
+            {name: getattr(self, f"negatives_{name}") for name in self.negatives.initial_state()},
+        )
+
+    def _keep(self, prefix: str, state: Mapping[str, Tensor], failed: Tensor | None) -> None:
+        for name, value in state.items():
+            buffer = getattr(self, f"{prefix}_{name}")
+            buffer.copy_(value if failed is None else torch.where(failed, buffer, value))
 
     def _raise_labels(self, gathered: Tensor, sizes: Sequence[int]) -> None:
         outside = ((gathered < 0) | (gathered >= self.num_classes)).nonzero()
@@ -379,11 +494,14 @@ class PartialFC(nn.Module):
             support_vectors=None if counts is None else counts.float().mean(),
             support_vector_share=None if counts is None else (counts > 0).float().mean(),
             sampled_classes=step.walked,
-            positive_classes=prepared.positives,
+            positive_classes=None if prepared.sampled is None else prepared.sampled.positives,
         )
-        if result.failed is not None and prepared.bad is not None:
+        if step.trains:
+            self._keep("margin", result.margin_state, result.failed)
+            self._keep("negatives", result.negatives_state, result.failed)
+        if result.failed is not None and step.deferred is not None:
             raise_labels = functools.partial(self._raise_labels, prepared.unchecked, prepared.sizes)
-            self._deferred = _DeferredCheck(prepared.bad, result.failed, raise_labels)
+            self._deferred = _DeferredCheck(step.deferred, result.failed, raise_labels)
         if prepared.trains:
             # The optimizer reads this: a failed step moves no momentum and decays no weight.
             self.weight.failed_step = result.failed  # type: ignore[attr-defined]
@@ -407,17 +525,47 @@ def _largest(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order[:, :k]), classes.gather(1, order[:, :k])
 
 
-def _check_arguments(
-    embedding_size: int, num_classes: int, mining: object, scale: float, sample_rate: float, chunk_size: int | None
-) -> None:
+def _to_host(labels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The labels on the host, and what tells that they have arrived; nothing waits."""
+    if not labels.is_cuda:
+        return labels, None
+    there = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True)
+    there.copy_(labels, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return there, arrived
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host doesn't wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    num_classes, sampled, rate = given["num_classes"], given["sampled_classes"], given["sample_rate"]
+    budget, above = given["logits_budget"], given["filter_gradient"]
+    dtypes = (None, "tf32", torch.float32, torch.bfloat16, torch.float16)
     checks = (
-        (embedding_size >= 1, "embedding_size", embedding_size, "at least 1"),
-        (num_classes >= 1, "num_classes", num_classes, "at least 1"),
-        (mining is None, "mining", mining, "None"),
-        (0 < scale < math.inf, "scale", scale, "a finite number above 0"),
-        (0 < sample_rate <= 1, "sample_rate", sample_rate, "a share in (0, 1]"),
-        (chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1, or None"),
+        (given["embedding_size"] >= 1, "embedding_size", "at least 1"),
+        (num_classes >= 1, "num_classes", "at least 1"),
+        (isinstance(given["margin"], Margin), "margin", "a margin such as CosFace()"),
+        (isinstance(given["negatives"], Negatives), "negatives", "an emphasis such as SupportVectors()"),
+        (given["mining"] is None or isinstance(given["mining"], Mining), "mining", "None, FocalLoss() or HardMining()"),
+        (0 < given["scale"] < math.inf, "scale", "a finite number above 0"),
+        (0 < rate <= 1, "sample_rate", "a share in (0, 1]"),
+        (sampled is None or 1 <= sampled <= num_classes, "sampled_classes", f"1 to {num_classes} (num_classes)"),
+        (sampled is None or rate == 1, "sampled_classes", f"None beside sample_rate={rate}: give one of them"),
+        (given["margin_warmup_steps"] >= 0, "margin_warmup_steps", "at least 0"),
+        (given["negatives_warmup_steps"] >= 0, "negatives_warmup_steps", "at least 0"),
+        (given["chunk_size"] is None or given["chunk_size"] >= 1, "chunk_size", "at least 1, or None"),
+        (budget >= 0, "logits_budget", "bytes, at least 0"),
+        (above is None or 0 < above < 1, "filter_gradient", "a softmax weight in (0, 1), or None"),
+        (given["kernels"] in BACKENDS, "kernels", f"one of {', '.join(BACKENDS)}"),
+        (given["compute_dtype"] in dtypes, "compute_dtype", "None, 'tf32', float32, bfloat16 or float16"),
+        (given["storage_dtype"] in (torch.float32, torch.bfloat16), "storage_dtype", "float32 or bfloat16"),
     )
-    for ok, name, value, expected in checks:
+    for ok, name, expected in checks:
         if not ok:
-            raise ConfigError(f"PartialFC: {name}={value!r}, expected {expected}")
+            raise ConfigError(f"PartialFC: {name}={given[name]!r}, expected {expected}")

@@ -4,6 +4,10 @@ A margin holds numbers only. :meth:`Margin.evaluate` maps the target cosines of 
 derivative and the boundary f, above which a negative's cosine makes it a support vector. f is the margin's value before
 ``easy_margin`` (as in the official SV-X layer). Angles are in radians.
 
+Some margins also read the norm a of each embedding (``needs_norms``), running statistics (``initial_state`` and
+``advance``: state goes in, new state comes out) or the number of the step. What they need is handed to ``evaluate``;
+the margin itself never changes.
+
 Each derivative is taken with respect to the cosine: d theta / d c = -1 / sin(theta), with sin(theta) floored
 (:func:`sine_floor`), so that it stays finite at c = 1 and c = -1.
 """
@@ -11,13 +15,16 @@ Each derivative is taken with respect to the cosine: d theta / d c = -1 / sin(th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from partial_fc.errors import ConfigError
+
+_Input = TypeVar("_Input")
 
 
 class MarginValues(NamedTuple):
@@ -25,13 +32,28 @@ class MarginValues(NamedTuple):
 
     Attributes:
         phi: phi(c), the target's value before the scale.
-        derivative: phi'(c).
+        derivative: d phi / d c.
         boundary: f, phi before easy_margin.
+        norm_derivative: d phi / d a, a the norm of the embedding; None where phi doesn't depend on it, or by its
+            definition doesn't pass a gradient to it.
     """
 
     phi: Tensor
     derivative: Tensor
     boundary: Tensor
+    norm_derivative: Tensor | None = None
+
+
+class Checked:
+    """Arguments that are checked one by one, under the name of their class; also the base of emphasis and mining."""
+
+    def _require(self, ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, expected {expected}")
+
+    def _require_share(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{type(self).__name__}.weakened: share={share!r}, expected a share in [0, 1]")
 
 
 def sine_floor(dtype: torch.dtype) -> float:
@@ -39,27 +61,127 @@ def sine_floor(dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else 1e-4
 
 
+def _sine(cosine: Tensor) -> Tensor:
+    """sin(theta) of theta in [0, pi]."""
+    return torch.sqrt(((1 - cosine) * (1 + cosine)).clamp_min(0))
+
+
+def _turned(cosine: Tensor, cos_m: float | Tensor, sin_m: float | Tensor) -> tuple[Tensor, Tensor]:
+    """cos(theta + m) and its derivative sin(theta + m) / sin(theta), both expanded; m one angle, or one a sample."""
+    sine = _sine(cosine)
+    slope = cos_m + sin_m * cosine / sine.clamp_min(sine_floor(cosine.dtype))
+    return cosine * cos_m - sine * sin_m, slope
+
+
+def _guarded(
+    cosine: Tensor, m: float | Tensor, cos_m: float | Tensor, sin_m: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ArcFace's phi, its derivative, and which samples lie past the guard theta = pi - m."""
+    turned, slope = _turned(cosine, cos_m, sin_m)
+    past = cosine <= -cos_m
+    return torch.where(past, cosine - m * sin_m, turned), torch.where(past, torch.ones_like(slope), slope), past
+
+
+def _unfolded(cosine: Tensor, factor: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The falling continuation of cos(a), (-1)^k cos(a) - 2k with k = floor(a / pi), at a = factor theta + offset.
+
+    Its derivative (-1)^k factor sin(a) / sin(theta) is continuous, too: sin(a) = 0 where k changes.
+    """
+    angle = factor * torch.acos(cosine) + offset
+    turns = torch.floor(angle / math.pi)
+    sign = 1 - 2 * torch.remainder(turns, 2)
+    sine = _sine(cosine).clamp_min(sine_floor(cosine.dtype))
+    return sign * torch.cos(angle) - 2 * turns, sign * factor * torch.sin(angle) / sine
+
+
 @dataclass(frozen=True)
-class Margin:
-    """Base of the target margins; a subclass defines :meth:`_phi`."""
+class Margin(Checked):
+    """Base of the target margins; a subclass defines :meth:`_phi`, or :meth:`_values` where it reads more than c.
+
+    Attributes:
+        needs_norms: whether ``evaluate``, ``advance`` or ``penalty`` read the norms of the embeddings.
+    """
+
+    needs_norms: ClassVar[bool] = False
+    _weakened_fields: ClassVar[tuple[str, ...]] = ()
 
     def _phi(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
         """phi(c) before easy_margin, and its derivative."""
         raise TypeError(f"{type(self).__name__} is not a margin: use CosFace, ArcFace, ...")
 
-    def evaluate(self, cosine: Tensor) -> MarginValues:
-        """Phi, its derivative and the boundary at the target cosines ``[B]`` (global, float32 or float64)."""
+    def _values(
+        self, cosine: Tensor, norms: Tensor | None, state: Mapping[str, Tensor] | None, step: int
+    ) -> MarginValues:
+        """All values before easy_margin."""
         phi, derivative = self._phi(cosine)
+        return MarginValues(phi, derivative, phi)
+
+    def evaluate(
+        self,
+        cosine: Tensor,
+        *,
+        norms: Tensor | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        step: int = 0,
+    ) -> MarginValues:
+        """Phi, its derivatives and the boundary.
+
+        Args:
+            cosine: target cosines ``[B]`` (global, float32 or float64) in [-1, 1].
+            norms: norms of the embeddings ``[B]`` (global), before they are made unit vectors.
+            state: what :meth:`advance` gave for this step, or the saved state where nothing is trained.
+            step: optimizer steps done so far.
+
+        Raises:
+            TypeError: where norms or state are missing and this margin reads them.
+        """
+        values = self._values(cosine, norms, state, step)
         if not getattr(self, "easy_margin", False):
-            return MarginValues(phi, derivative, phi)
-        easy = cosine <= 0
+            return values
+        easy, by_norm = cosine <= 0, values.norm_derivative
         return MarginValues(
-            torch.where(easy, cosine, phi), torch.where(easy, torch.ones_like(phi), derivative), boundary=phi
+            torch.where(easy, cosine, values.phi),
+            torch.where(easy, torch.ones_like(cosine), values.derivative),
+            values.boundary,
+            None if by_norm is None else by_norm.masked_fill(easy, 0),
         )
 
-    def _require(self, ok: bool, name: str, expected: str) -> None:
-        if not ok:
-            raise ConfigError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, expected {expected}")
+    def initial_state(self) -> dict[str, Tensor]:
+        """Running values by name before the first step, 0-dim float32; they are saved with the head."""
+        return {}
+
+    def advance(self, state: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
+        """The state that this training step uses; nothing is changed in place and no gradient is kept.
+
+        Args:
+            state: the state after the step before.
+            norms: norms of the embeddings ``[B]`` (global). Values that aren't finite spoil the new state: the caller
+                keeps the old one then.
+        """
+        return {}
+
+    def penalty(self, norms: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Regularizer of each sample ``[B]`` (global) and its derivative by the norm; its mean is added to the loss."""
+        return None
+
+    def weakened(self, share: float) -> Margin:
+        """The same margin at a share of its strength, for a linear warm-up; itself at share 1.
+
+        Raises:
+            ConfigError: where share is not in [0, 1].
+        """
+        self._require_share(share)
+        if share == 1 or not self._weakened_fields:
+            return self
+        return replace(self, **{name: getattr(self, name) * share for name in self._weakened_fields})
+
+    def _needed(self, value: _Input | None, name: str, what: str) -> _Input:
+        if value is None:
+            raise TypeError(f"{type(self).__name__}.evaluate: {name}=None, expected {what}")
+        return value
+
+    def _needed_norms(self, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self._needed(norms, "norms", "the norms of the embeddings [B]").to(dtype)
 
 
 @dataclass(frozen=True)
@@ -84,6 +206,8 @@ class CosFace(Margin):
 
     m: float = 0.35
     easy_margin: bool = False
+
+    _weakened_fields: ClassVar[tuple[str, ...]] = ("m",)
 
     def __post_init__(self) -> None:
         self._require(0 <= self.m <= 2, "m", "a cosine margin in [0, 2]")
@@ -110,17 +234,14 @@ class ArcFace(Margin):
     m: float = 0.5
     easy_margin: bool = False
 
+    _weakened_fields: ClassVar[tuple[str, ...]] = ("m",)
+
     def __post_init__(self) -> None:
         self._require(0 <= self.m < math.pi, "m", "an angle in [0, pi) radians")
 
     def _phi(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        cos_m, sin_m = math.cos(self.m), math.sin(self.m)
-        sine = torch.sqrt(((1 - cosine) * (1 + cosine)).clamp_min(0))
-        guarded = cosine <= -cos_m
-        phi = torch.where(guarded, cosine - self.m * sin_m, cosine * cos_m - sine * sin_m)
-        # sin(theta + m) / sin(theta), expanded.
-        slope = cos_m + sin_m * cosine / sine.clamp_min(sine_floor(cosine.dtype))
-        return phi, torch.where(guarded, torch.ones_like(slope), slope)
+        phi, slope, _ = _guarded(cosine, self.m, math.cos(self.m), math.sin(self.m))
+        return phi, slope
 
 
 @dataclass(frozen=True)
@@ -132,7 +253,7 @@ class CombinedMargin(Margin):
     phi' = (-1)^k m1 sin(a) / sin(theta).
 
     Args:
-        m1: factor of the angle (SphereFace).
+        m1: factor of the angle (SphereFace); a warm-up begins at 1.
         m2: margin on the angle, radians (ArcFace).
         m3: margin on the cosine (CosFace).
         easy_margin: phi(c) = c where c <= 0.
@@ -152,9 +273,187 @@ class CombinedMargin(Margin):
         self._require(0 <= self.m3 < math.inf, "m3", "a cosine margin of at least 0")
 
     def _phi(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        angle = self.m1 * torch.acos(cosine) + self.m2
-        turns = torch.floor(angle / math.pi)
-        sign = 1 - 2 * torch.remainder(turns, 2)
-        sine = torch.sqrt(((1 - cosine) * (1 + cosine)).clamp_min(0)).clamp_min(sine_floor(cosine.dtype))
-        phi = sign * torch.cos(angle) - 2 * turns - self.m3
-        return phi, sign * self.m1 * torch.sin(angle) / sine
+        value, slope = _unfolded(cosine, self.m1, self.m2)
+        return value - self.m3, slope
+
+    def weakened(self, share: float) -> Margin:
+        """m1 goes from 1, m2 and m3 go from 0 to their values."""
+        self._require_share(share)
+        if share == 1:
+            return self
+        return replace(self, m1=1 + (self.m1 - 1) * share, m2=self.m2 * share, m3=self.m3 * share)
+
+
+@dataclass(frozen=True)
+class SphereFace(Margin):
+    """Multiplicative angular margin with annealing (SphereFace or A-Softmax, arXiv 1704.08063, eq. 7).
+
+    phi(c) = (lambda c + psi) / (1 + lambda), with psi = (-1)^k cos(m theta) - 2k, k = floor(m theta / pi), and
+    lambda = max(lambda_min, lambda_start (1 + gamma step)^-power): nearly no margin at first.
+    psi' = (-1)^k m sin(m theta) / sin(theta).
+
+    The defaults are those of the authors' published training configuration (``sphereface_model.prototxt``: QUADRUPLE,
+    base 1000, gamma 0.12, power 1, lambda_min 5), which reaches lambda_min after 1659 steps. The official SV-X layer
+    has gamma 1e-4 and power 2, and reaches it after 131422 steps. Both count from 1 where ``step`` counts from 0.
+
+    Args:
+        m: factor of the angle, a whole number.
+        lambda_min: lambda in the end; 0 leaves psi alone.
+        lambda_start: lambda at step 0.
+        gamma: how fast lambda falls, per step.
+        power: exponent of the fall.
+
+    Raises:
+        ConfigError: where m is not a whole number of at least 1, or another argument is below 0 or not finite.
+    """
+
+    m: int = 4
+    lambda_min: float = 5.0
+    lambda_start: float = 1000.0
+    gamma: float = 0.12
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require(isinstance(self.m, int) and self.m >= 1, "m", "a whole number, at least 1")
+        for name in ("lambda_min", "lambda_start", "gamma", "power"):
+            self._require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
+
+    def annealing(self, step: int) -> float:
+        """Lambda at a step."""
+        return max(self.lambda_min, self.lambda_start * (1 + self.gamma * step) ** -self.power)
+
+    def _values(
+        self, cosine: Tensor, norms: Tensor | None, state: Mapping[str, Tensor] | None, step: int
+    ) -> MarginValues:
+        weight = self.annealing(step)
+        value, slope = _unfolded(cosine, self.m, 0.0)
+        phi = (weight * cosine + value) / (1 + weight)
+        return MarginValues(phi, (weight + slope) / (1 + weight), phi)
+
+
+@dataclass(frozen=True)
+class MagFace(Margin):
+    """Angular margin that grows with the norm of the embedding (MagFace, arXiv 2103.06627, sec. 3).
+
+    phi(c, a) is that of :class:`ArcFace`, guard included, with m(a) = l_m + (a - l_a) (u_m - l_m) / (u_a - l_a) and the
+    norm a clamped to [l_a, u_a]. Nothing is detached: d phi / d a = -sin(theta + m) m'(a), past the guard
+    -(sin m + m cos m) m'(a), and 0 where a is clamped. :meth:`penalty` draws the norms towards u_a:
+    lambda_g (a / u_a^2 + 1 / a), its derivative lambda_g (1 / u_a^2 - 1 / a^2), and 0 where a is clamped.
+
+    The defaults are those of the authors' ``run.sh``. Their trainer warns of a lambda_g below
+    s m'(a) u_a^2 l_a^2 / (u_a^2 - l_a^2), with which norms may end at l_a: 22.6 with these bounds and scale 64.
+
+    Args:
+        l_a: smallest norm.
+        u_a: largest norm.
+        l_m: margin at l_a, radians.
+        u_m: margin at u_a, radians.
+        lambda_g: weight of the regularizer.
+        easy_margin: phi(c) = c where c <= 0.
+
+    Raises:
+        ConfigError: where not 0 < l_a < u_a, or not 0 <= l_m <= u_m < pi, or lambda_g < 0.
+    """
+
+    l_a: float = 10.0
+    u_a: float = 110.0
+    l_m: float = 0.45
+    u_m: float = 0.8
+    lambda_g: float = 35.0
+    easy_margin: bool = False
+
+    needs_norms: ClassVar[bool] = True
+    _weakened_fields: ClassVar[tuple[str, ...]] = ("l_m", "u_m")
+
+    def __post_init__(self) -> None:
+        self._require(0 < self.l_a < math.inf, "l_a", "a norm above 0")
+        self._require(self.l_a < self.u_a < math.inf, "u_a", f"a norm above l_a={self.l_a!r}")
+        self._require(0 <= self.l_m < math.pi, "l_m", "an angle in [0, pi) radians")
+        self._require(self.l_m <= self.u_m < math.pi, "u_m", f"an angle in [l_m={self.l_m!r}, pi) radians")
+        self._require(0 <= self.lambda_g < math.inf, "lambda_g", "a weight of at least 0")
+
+    def _clamped(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The norms in [l_a, u_a], and which were outside."""
+        return norms.clamp(self.l_a, self.u_a), (norms < self.l_a) | (norms > self.u_a)
+
+    def _values(
+        self, cosine: Tensor, norms: Tensor | None, state: Mapping[str, Tensor] | None, step: int
+    ) -> MarginValues:
+        norm, outside = self._clamped(self._needed_norms(norms, cosine.dtype))
+        growth = (self.u_m - self.l_m) / (self.u_a - self.l_a)
+        m = self.l_m + (norm - self.l_a) * growth
+        cos_m, sin_m = torch.cos(m), torch.sin(m)
+        phi, slope, past = _guarded(cosine, m, cos_m, sin_m)
+        by_margin = -torch.where(past, sin_m + m * cos_m, _sine(cosine) * cos_m + cosine * sin_m)
+        return MarginValues(phi, slope, phi, (by_margin * growth).masked_fill(outside, 0))
+
+    def penalty(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """lambda_g (a / u_a^2 + 1 / a) of each sample, and its derivative by the norm."""
+        norm, outside = self._clamped(norms)
+        falling, rising = 1 / norm, 1 / self.u_a**2
+        slope = self.lambda_g * (rising - falling * falling)
+        return self.lambda_g * (norm * rising + falling), slope.masked_fill(outside, 0)
+
+
+@dataclass(frozen=True)
+class AdaFace(Margin):
+    """Margin that adapts to the quality of the image, read off the norm (AdaFace, arXiv 2204.00964, sec. 3).
+
+    phi(c) = cos(clip(theta - m g, 0, pi)) - (m + m g), with g = clip(h (a - mean) / (std + 1e-3), -1, 1) and the norm a
+    clipped to [1e-3, 100]: at g = -1 that is ArcFace, at 0 CosFace. phi' = sin(theta - m g) / sin(theta), and 0 where
+    the angle is clipped. By definition no gradient passes to the norm. mean and std are exponential averages
+    of the norms' mean and (unbiased) standard deviation over the global batch, used after this step's update.
+
+    m and h are the paper's (sec. 4); momentum, the first mean and the first std are those of the official code
+    (``t_alpha`` of its config.py, and its head.py).
+
+    Args:
+        m: margin, on the angle in radians and on the cosine.
+        h: how strongly the norm acts: about two thirds of the samples lie within g = -h and h.
+        momentum: weight of the batch in the running mean and std.
+
+    Raises:
+        ConfigError: where m is not in [0, pi), h < 0, or momentum is not in (0, 1].
+    """
+
+    m: float = 0.4
+    h: float = 0.333
+    momentum: float = 0.01
+
+    needs_norms: ClassVar[bool] = True
+    _weakened_fields: ClassVar[tuple[str, ...]] = ("m",)
+
+    def __post_init__(self) -> None:
+        self._require(0 <= self.m < math.pi, "m", "an angle in [0, pi) radians")
+        self._require(0 <= self.h < math.inf, "h", "a factor of at least 0")
+        self._require(0 < self.momentum <= 1, "momentum", "a weight in (0, 1]")
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """Mean 20 and std 100, as in the official code."""
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in (("mean", 20.0), ("std", 100.0))}
+
+    def advance(self, state: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
+        """Both averages moved towards the batch. One sample alone has no std: that of the state stays."""
+        mean, std = state["mean"].detach(), state["std"].detach()
+        norm = self._clipped(norms).to(mean.dtype)
+        batch_std = norm.std() if len(norm) > 1 else std
+        keep = 1 - self.momentum
+        return {"mean": self.momentum * norm.mean() + keep * mean, "std": self.momentum * batch_std + keep * std}
+
+    def _clipped(self, norms: Tensor) -> Tensor:
+        return norms.detach().clamp(1e-3, 100.0)
+
+    def _values(
+        self, cosine: Tensor, norms: Tensor | None, state: Mapping[str, Tensor] | None, step: int
+    ) -> MarginValues:
+        norm = self._clipped(self._needed_norms(norms, cosine.dtype))
+        state = self._needed(state, "state", "the running 'mean' and 'std' of the norms")
+        mean, std = state["mean"].to(cosine.dtype), state["std"].to(cosine.dtype)
+        quality = ((norm - mean) / (std + 1e-3) * self.h).clamp(-1, 1)
+        shift = -self.m * quality
+        cos_m, sin_m = torch.cos(shift), torch.sin(shift)
+        turned, slope = _turned(cosine, cos_m, sin_m)
+        below, above = (shift < 0) & (cosine > cos_m), (shift > 0) & (cosine < -cos_m)
+        turned = turned.masked_fill(below, 1).masked_fill(above, -1)
+        phi = turned - (self.m - shift)
+        return MarginValues(phi, slope.masked_fill(below | above, 0), phi)

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from partial_fc.errors import ConfigError
+from partial_fc.kernels import BACKENDS, Kernels, Noise, choose_kernels
+from partial_fc.permutation import hash64
 
 # Rows that a two-phase update works on at once: temporaries stay small beside weight and state.
 _ROWS = 8192
+_ROUNDING_STREAM = 0x40D5
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -26,26 +29,53 @@ class RowOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters ``[n, d]`` (``head.parameters()``).
         defaults: the options of a parameter group.
+        max_value: every entry of a gradient is clipped to [-max_value, max_value]; None: no clipping.
+        max_row_norm: a row's gradient is scaled down to this norm, after that and before the decay; None: no clipping.
+        state_dtype: of the state tensors of the parameter's shape; None: the parameter's. What is bfloat16, state or
+            parameter, is rounded stochastically.
+        seed: of that rounding, which is a function of (seed, step, class, column).
+        kernels: ``auto``, ``compiled`` or ``eager``, as for the head.
         in_backward: update each chunk as soon as the head has its gradient; then no gradient is kept, and ``step()``
-            and ``zero_grad()`` only keep the books. It allows one forward a backward and no loss scale.
+            and ``zero_grad()`` only keep the books. It allows one forward a backward.
+
+    Attributes:
+        loss_scale: what the loss was multiplied by: gradients are divided by it before anything else. Set it before
+            ``backward`` (in backward) or ``step``; 1 at first. An overflow is looked for by whoever scales the loss.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, in_backward: bool) -> None:
-        super().__init__(params, defaults)
-        self.in_backward = in_backward
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        max_value: float | None,
+        max_row_norm: float | None,
+        state_dtype: torch.dtype | None,
+        seed: int,
+        kernels: str,
+        in_backward: bool,
+    ) -> None:
+        name = type(self).__name__
+        _require(max_value is None or max_value > 0, name, "max_value", max_value, "above 0, or None")
+        _require(max_row_norm is None or max_row_norm > 0, name, "max_row_norm", max_row_norm, "above 0, or None")
+        floats = (None, torch.float32, torch.bfloat16)
+        _require(state_dtype in floats, name, "state_dtype", state_dtype, "None, float32 or bfloat16")
+        _require(kernels in BACKENDS, name, "kernels", kernels, f"one of {', '.join(BACKENDS)}")
+        super().__init__(params, {**defaults, "max_value": max_value, "max_row_norm": max_row_norm})
+        self.in_backward, self.loss_scale = in_backward, 1.0
+        self._state_dtype, self._seed, self._backend = state_dtype, seed, kernels
+        self._packed: dict[tuple[Any, ...], Tensor] = {}
         if in_backward:
             for number, group in enumerate(self.param_groups):
                 for param in group["params"]:
                     taken = hasattr(param, "row_updater")
-                    _require(
-                        not taken, type(self).__name__, "in_backward", True, "one a parameter: call remove() first"
-                    )
+                    _require(not taken, name, "in_backward", True, "one a parameter: call remove() first")
                     param.row_updater = self._updater(param, number)
 
-    def _updater(self, param: Tensor, number: int) -> Callable[[slice | Tensor, Tensor, Tensor | None], None]:
-        def update(rows: slice | Tensor, gradient: Tensor, gate: Tensor | None) -> None:
+    def _updater(self, param: Tensor, number: int) -> Callable[[slice | Tensor, Tensor, Tensor | None, Tensor], None]:
+        def update(rows: slice | Tensor, gradient: Tensor, gate: Tensor | None, current: Tensor) -> None:
             # Looked up at each call: load_state_dict puts new groups in the place of the old.
-            self._update(param, self.param_groups[number], rows, gradient, gate)
+            self._update(param, self.param_groups[number], rows, gradient, gate, current)
 
         return update
 
@@ -68,37 +98,68 @@ class RowOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._apply_gradient(param, group, param.grad)
+                if "rounded" in self.state[param]:
+                    self.state[param]["rounded"] += 1
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``, which would give each state tensor the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in enumerate(params):
+            saved = state_dict["state"].get(number, {})
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    device = "cpu" if name == "rounded" else param.device
+                    self.state[param][name] = value.detach().clone().to(device)
 
     def _apply_gradient(self, param: Tensor, group: dict[str, Any], gradient: Tensor) -> None:
         failed = getattr(param, "failed_step", None)
         gate = None if failed is None else ~failed
+        dtype = _working_dtype(param)
         if not gradient.is_sparse:
             for begin in range(0, len(param), _ROWS):
                 rows = slice(begin, min(begin + _ROWS, len(param)))
-                self._update(param, group, rows, gradient[rows].clone(), gate)
+                self._update(param, group, rows, gradient[rows].to(dtype, copy=True), gate, None)
             return
         gradient = gradient.coalesce()
         ids, values = gradient.indices()[0], gradient.values()
         for begin in range(0, len(ids), _ROWS):
-            self._update(param, group, ids[begin : begin + _ROWS], values[begin : begin + _ROWS].clone(), gate)
+            part = slice(begin, begin + _ROWS)
+            self._update(param, group, ids[part], values[part].to(dtype, copy=True), gate, None)
 
     @torch.no_grad()
     def _update(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, gate: Tensor | None
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        rows: slice | Tensor,
+        gradient: Tensor,
+        gate: Tensor | None,
+        current: Tensor | None,
     ) -> None:
-        """Move some rows; ``gradient`` may be overwritten."""
-        most = group["max_row_norm"]
-        if most is not None:
-            norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient.mul_((most / norm.clamp_min(1e-30)).clamp_max(1))
-        closed = None if gate is None else ~gate
-        if closed is not None:
-            gradient.masked_fill_(closed, 0)
-        self._update_rows(param, group, rows, gradient, closed)
+        """Move some rows; ``gradient`` may be overwritten, ``current`` are the rows as they are, where at hand."""
+        if isinstance(rows, slice):
+            # A view of what the kernel writes: arguments that overlap cost the compiler's code dearly.
+            current = None
+        kernels = choose_kernels(self._backend, param.device, gradient.dtype, param.numel())
+        if self.loss_scale != 1:
+            gradient.mul_(1 / self.loss_scale)
+        most, norm = group["max_value"], group["max_row_norm"]
+        if most is not None or norm is not None:
+            bounds = [math.inf if bound is None else bound for bound in (most, norm)]
+            kernels.clip_rows(gradient, self._pack(gradient, *bounds))
+        self._update_rows(kernels, param, group, rows, gradient, None if gate is None else ~gate, current)
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
+        self,
+        kernels: Kernels,
+        param: Tensor,
+        group: dict[str, Any],
+        rows: slice | Tensor,
+        gradient: Tensor,
+        closed: Tensor | None,
+        current: Tensor | None,
     ) -> None:
         """The optimizer's formula; where ``closed`` (0-dim bool) is True all stays as it is."""
         raise TypeError(f"{type(self).__name__} is not an optimizer: use RowSGD or RowAdamW")
@@ -107,9 +168,33 @@ class RowOptimizer(torch.optim.Optimizer):
         """A state tensor of the parameter's shape, zero at first."""
         state = self.state[param]
         if name not in state:
-            state[name] = torch.zeros_like(param)
+            state[name] = torch.zeros_like(param, dtype=self._state_dtype or param.dtype)
         tensor: Tensor = state[name]
         return tensor
+
+    def _pack(self, like: Tensor, *numbers: float) -> Tensor:
+        """Numbers as one tensor beside the gradient; the same one as long as they stay the same."""
+        key = (numbers, like.dtype, like.device)
+        if key not in self._packed:
+            if len(self._packed) > 8:
+                self._packed.clear()
+            host = torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._packed[key] = host.to(like.device, non_blocking=True)
+        return self._packed[key]
+
+    def _noise(self, param: Tensor, rows: slice | Tensor) -> Noise | None:
+        """What stochastic rounding needs, where something is stored in bfloat16."""
+        if torch.bfloat16 not in (param.dtype, self._state_dtype):
+            return None
+        state = self.state[param]
+        if "rounded" not in state:
+            state["rounded"] = torch.zeros((), dtype=torch.int64)
+        key = hash64(_ROUNDING_STREAM, self._seed, int(state["rounded"])) & 0xFFFFFFFF
+        signed = torch.tensor([key - (1 << 32) if key >> 31 else key], dtype=torch.int32, pin_memory=param.is_cuda)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=param.device)
+        classes = (rows + getattr(param, "first_class", 0)).to(torch.int32)
+        return Noise(signed.to(param.device, non_blocking=True), classes)
 
 
 class RowSGD(RowOptimizer):
@@ -121,8 +206,12 @@ class RowSGD(RowOptimizer):
         momentum: factor of the momentum buffer.
         weight_decay: L2 penalty, added to the gradient of touched rows.
         nesterov: Nesterov momentum.
-        max_row_norm: a row's gradient is scaled down to this norm, before the decay; None: no clipping.
-        in_backward: see :class:`RowOptimizer`.
+        max_value: see :class:`RowOptimizer`, as for all that follow.
+        max_row_norm: see there.
+        state_dtype: of the momentum buffer.
+        seed: see there.
+        kernels: see there.
+        in_backward: see there.
 
     Raises:
         ConfigError: where an argument is out of its range.
@@ -136,37 +225,43 @@ class RowSGD(RowOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        max_value: float | None = None,
         max_row_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        kernels: str = "auto",
         in_backward: bool = False,
     ) -> None:
         _require(lr >= 0, "RowSGD", "lr", lr, "at least 0")
         _require(0 <= momentum < 1, "RowSGD", "momentum", momentum, "in [0, 1)")
         _require(weight_decay >= 0, "RowSGD", "weight_decay", weight_decay, "at least 0")
         _require(not nesterov or momentum > 0, "RowSGD", "nesterov", nesterov, "a momentum above 0 with it")
-        _require(max_row_norm is None or max_row_norm > 0, "RowSGD", "max_row_norm", max_row_norm, "above 0, or None")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "max_row_norm": max_row_norm,
-        }
-        super().__init__(params, defaults, in_backward=in_backward)
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
+            max_value=max_value,
+            max_row_norm=max_row_norm,
+            state_dtype=state_dtype,
+            seed=seed,
+            kernels=kernels,
+            in_backward=in_backward,
+        )
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
+        self,
+        kernels: Kernels,
+        param: Tensor,
+        group: dict[str, Any],
+        rows: slice | Tensor,
+        gradient: Tensor,
+        closed: Tensor | None,
+        current: Tensor | None,
     ) -> None:
-        if group["weight_decay"]:
-            # A closed gate takes the decay away, too.
-            gradient.add_(_unless(closed, param[rows]), alpha=group["weight_decay"])
-        if group["momentum"]:
-            buffer = self._rows_of(param, "momentum_buffer")
-            kept = _held(closed, group["momentum"], gradient)
-            moved = buffer[rows].mul_(kept).add_(gradient)
-            if isinstance(rows, Tensor):
-                buffer.index_copy_(0, rows, moved)
-            gradient = gradient.add_(moved, alpha=group["momentum"]) if group["nesterov"] else moved
-        _subtract(param, rows, _unless(closed, gradient), group["lr"])
+        buffer = self._rows_of(param, "momentum_buffer") if group["momentum"] else None
+        numbers = self._pack(gradient, group["lr"], group["momentum"], group["weight_decay"])
+        noise = self._noise(param, rows)
+        placed, ids = _placed(rows, param, buffer)
+        kernels.sgd_rows(*placed, ids, gradient, current, numbers, closed, group["nesterov"], noise)
 
 
 class RowAdamW(RowOptimizer):
@@ -180,8 +275,12 @@ class RowAdamW(RowOptimizer):
         betas: factors of the running mean and of the running square.
         eps: added to the root of the running square.
         weight_decay: decoupled decay of touched rows.
-        max_row_norm: a row's gradient is scaled down to this norm; None: no clipping.
-        in_backward: see :class:`RowOptimizer`.
+        max_value: see :class:`RowOptimizer`, as for all that follow.
+        max_row_norm: see there.
+        state_dtype: of the running mean and square.
+        seed: see there.
+        kernels: see there.
+        in_backward: see there.
 
     Raises:
         ConfigError: where an argument is out of its range.
@@ -195,55 +294,57 @@ class RowAdamW(RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        max_value: float | None = None,
         max_row_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        kernels: str = "auto",
         in_backward: bool = False,
     ) -> None:
         _require(lr >= 0, "RowAdamW", "lr", lr, "at least 0")
         _require(all(0 <= beta < 1 for beta in betas), "RowAdamW", "betas", betas, "two factors in [0, 1)")
         _require(eps > 0, "RowAdamW", "eps", eps, "above 0")
         _require(weight_decay >= 0, "RowAdamW", "weight_decay", weight_decay, "at least 0")
-        _require(max_row_norm is None or max_row_norm > 0, "RowAdamW", "max_row_norm", max_row_norm, "above 0, or None")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_row_norm": max_row_norm}
-        super().__init__(params, defaults, in_backward=in_backward)
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            max_value=max_value,
+            max_row_norm=max_row_norm,
+            state_dtype=state_dtype,
+            seed=seed,
+            kernels=kernels,
+            in_backward=in_backward,
+        )
 
     def _update_rows(
-        self, param: Tensor, group: dict[str, Any], rows: slice | Tensor, gradient: Tensor, closed: Tensor | None
+        self,
+        kernels: Kernels,
+        param: Tensor,
+        group: dict[str, Any],
+        rows: slice | Tensor,
+        gradient: Tensor,
+        closed: Tensor | None,
+        current: Tensor | None,
     ) -> None:
-        beta1, beta2 = group["betas"]
         mean, square = self._rows_of(param, "exp_avg"), self._rows_of(param, "exp_avg_sq")
         if "steps" not in self.state[param]:
             self.state[param]["steps"] = torch.zeros(len(param), device=param.device)
-        steps = self.state[param]["steps"]
-        new_mean = mean[rows].mul_(_held(closed, beta1, gradient)).add_(gradient, alpha=1 - beta1)
-        new_square = square[rows].mul_(_held(closed, beta2, gradient)).addcmul_(gradient, gradient, value=1 - beta2)
-        count = steps[rows].add_(1 if closed is None else ~closed)
-        if isinstance(rows, Tensor):
-            mean.index_copy_(0, rows, new_mean)
-            square.index_copy_(0, rows, new_square)
-            steps.index_copy_(0, rows, count)
-        # In float64: 1 - 0.999^1 keeps only four digits in float32.
-        count = count.double().clamp_min(1)[:, None]
-        correction1, correction2 = (1 - beta1**count).to(param.dtype), (1 - beta2**count).sqrt().to(param.dtype)
-        root = new_square.sqrt().div_(correction2).add_(group["eps"])
-        change = (new_mean / correction1).div_(root).add_(param[rows], alpha=group["weight_decay"])
-        _subtract(param, rows, _unless(closed, change), group["lr"])
+        numbers = self._pack(gradient, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        noise = self._noise(param, rows)
+        placed, ids = _placed(rows, param, mean, square, self.state[param]["steps"])
+        kernels.adamw_rows(*placed, ids, gradient, current, numbers, closed, noise)
 
 
-def _held(closed: Tensor | None, factor: float, like: Tensor) -> float | Tensor:
-    """The factor of a running mean: 1 where ``closed``."""
-    return factor if closed is None else torch.where(closed, like.new_ones(()), like.new_full((), factor))
+def _working_dtype(param: Tensor) -> torch.dtype:
+    """What a row's update is computed in."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _unless(closed: Tensor | None, value: Tensor) -> Tensor:
-    """The value, or zeros where ``closed`` (a product with 0 would keep a NaN)."""
-    return value if closed is None else value.masked_fill(closed, 0)
-
-
-def _subtract(param: Tensor, rows: slice | Tensor, change: Tensor, lr: float) -> None:
+def _placed(rows: slice | Tensor, *tensors: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """The rows of a slice as views and no ids; or the whole tensors and the ids."""
     if isinstance(rows, slice):
-        param[rows].sub_(change, alpha=lr)
-    else:
-        param.index_add_(0, rows, change, alpha=-lr)
+        return [None if tensor is None else tensor[rows] for tensor in tensors], None
+    return list(tensors), rows
 
 
 def _require(ok: bool, owner: str, name: str, value: object, expected: str) -> None:

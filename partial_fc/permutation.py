@@ -9,7 +9,8 @@ cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RS
 cryptographic. The 32-bit mixer is "lowbias32" (C. Wellons, "Prospecting for hash functions", 2018), the 64-bit one
 SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 
-The arrays may be NumPy int64 arrays or torch int64 tensors: only operators are used.
+The arrays may be NumPy int64 arrays or torch int64 tensors: only operators are used. Where 32 bits suffice, NumPy
+uint32 arrays give the same values in half the time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 6
 _MIN_BITS = 8
 
-# A NumPy int64 array or a torch int64 tensor.
+# A NumPy int64 or uint32 array, or a torch int64 tensor.
 IntArray = TypeVar("IntArray", bound=Any)
 
 
@@ -38,11 +39,22 @@ def hash64(*parts: int) -> int:
         word = part & _MASK64
         high = (part >> 64) if part >= 0 else ~((~part) >> 64)
         for value in (word,) if high in (0, -1) else (word, high & _MASK64):
-            state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
-            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-            state ^= state >> 31
+            state = _absorb(value, state)
     return state
+
+
+def hash64_each(*parts: int, last: np.ndarray) -> np.ndarray:
+    """``hash64(*parts, value)`` for each value of ``last``, an int64 array; the result is uint64, of the same shape."""
+    # A hash is the state after its parts, so only the last part is absorbed once for each value.
+    return _absorb(last.astype(np.uint64), hash64(*parts))
+
+
+def _absorb(value: Any, state: Any) -> Any:
+    """SplitMix64 of their sum (``value`` and ``state`` may change places): integers below 2**64, or uint64 arrays."""
+    mixed = (value + state + 0x9E3779B97F4A7C15) & _MASK64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return mixed ^ (mixed >> 31)
 
 
 def mix32(x: IntArray) -> IntArray:
@@ -57,9 +69,10 @@ def permute_bits(index: IntArray, bits: int, key: int | IntArray) -> IntArray:
     """Permute ``range(2**bits)``: the image of each element of ``index``.
 
     Args:
-        index: int64 array of values in ``[0, 2**bits)``.
+        index: int64 array of values in ``[0, 2**bits)``; uint32, if NumPy's, where bits is at most 32.
         bits: 2 to 62.
-        key: 32-bit key, or an int64 array of such keys that broadcasts with ``index`` (a permutation per element).
+        key: 32-bit key, or an array of such keys that broadcasts with ``index`` (a permutation per element), of the
+            same dtype.
     """
     low_bits = bits // 2
     high_bits = bits - low_bits
@@ -68,7 +81,7 @@ def permute_bits(index: IntArray, bits: int, key: int | IntArray) -> IntArray:
     left_bits, right_bits = high_bits, low_bits
     for round_ in range(_ROUNDS):
         mask = (1 << left_bits) - 1
-        noise = mix32(mix32(right + round_ * 0x9E3779B1) ^ key)
+        noise = mix32(mix32(right + (round_ * 0x9E3779B1 & _MASK32)) ^ key)
         left, right = right, (left ^ noise) & mask
         left_bits, right_bits = right_bits, left_bits
     # An even number of rounds: the halves have their first widths again.
@@ -105,7 +118,7 @@ class KeyedPermutation:
         self._key = hash64(key) & _MASK32
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Map an int64 array with values in ``[0, n)`` to the values' images, each in ``[0, n)``."""
+        """Map an int64 array (uint32 will do for n <= 2**32) of values in ``[0, n)`` to their images in ``[0, n)``."""
         image = permute_bits(index, self._bits, self._key)
         outside = np.flatnonzero(image >= self.n)
         while outside.size:

@@ -282,7 +282,7 @@ class Trainer:
         losses = []
         try:
             for micro in range(accumulate):
-                losses.append(self._micro_step(last=micro + 1 == accumulate))
+                losses.append(self._micro_step(step, last=micro + 1 == accumulate))
             self.head.check()
             updated = self._update()
         except NonFiniteError as error:
@@ -300,10 +300,11 @@ class Trainer:
             self.skipped += 1
         return torch.stack(losses).mean() if updated else None
 
-    def _micro_step(self, *, last: bool) -> torch.Tensor:
+    def _micro_step(self, step: int, *, last: bool) -> torch.Tensor:
         """Forward and backward of a micro batch; its loss, detached."""
         phase = self.timer.phase
         self.head.position.fill_(self.stream.position)
+        self.head.step.fill_(step)
         if self.config.backbone.dropout > 0:
             torch.manual_seed(hash64(self.config.train.seed, self.stream.position, self.place.rank) >> 1)
         with phase("data"):

@@ -12,8 +12,8 @@ from partial_fc.config import Config, Section, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-# Margins and negatives go as a whole to the class of their name; test_config compares their keys with its arguments.
-WHOLE = {"head.margin", "head.negatives"}
+# The axes of the loss go as a whole to the class of their name; test_config compares their keys with its arguments.
+WHOLE = {"head.margin", "head.negatives", "head.mining"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

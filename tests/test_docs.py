@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from partial_fc import config
+from partial_fc import config, emphasis, mining
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ def sections() -> dict[str, type[BaseModel]]:
         if isinstance(kind, type) and issubclass(kind, config.Section) and "name" in kind.model_fields:
             name = kind.model_fields["name"].default
             if f"{name}Config" == kind.__name__:
-                axis = "negatives" if name in ("Plain", "SupportVectors") else "margin"
+                axis = "negatives" if hasattr(emphasis, name) else "mining" if hasattr(mining, name) else "margin"
                 found[f"### {axis}: {name}"] = kind
     return found  # type: ignore[return-value]
 

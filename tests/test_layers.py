@@ -24,6 +24,7 @@ mining
 normalizer
 kernels.products
 kernels.reference
+kernels.updates
 kernels.compiled
 kernels.triton
 kernels
@@ -34,9 +35,14 @@ models
 
 collectives
 sampling
+chunks
+candidates
 optim
 loss_scale
 
+step
+forward
+backward
 autograd
 
 head

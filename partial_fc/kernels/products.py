@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def multiply(
+    left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None, *, tf32: bool = False
+) -> Tensor:
     """``left @ right`` with operands rounded to ``dtype``; the result is float64 for float64, else float32.
 
     Args:
         left: ``[m, k]``.
         right: ``[k, n]``.
         dtype: what the operands are rounded to: float64, float32, bfloat16 or float16.
-        out: where to put the result, ``[m, n]`` with unit stride in its last dimension; None: a new tensor.
+        out: where the result may go, ``[m, n]`` with unit stride in its last dimension; None: a new tensor. GPUs
+            return a new one for products in half precision.
+        tf32: let a GPU round float32 operands to TF32.
     """
-    with torch.autocast(left.device.type, enabled=False):
-        return _multiply(left.to(dtype), right.to(dtype), dtype, out)
-
-
-def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    left, right = left.to(dtype), right.to(dtype)
     if dtype in _LOW_PRECISION:
         if left.is_cuda:
-            product = torch.mm(left, right, out_dtype=torch.float32)
-            return product if out is None else out.copy_(product)
+            return torch.mm(left, right, out_dtype=torch.float32)
         # CPUs: a product of two such numbers is exact in float32.
         left, right = left.float(), right.float()
-    return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+    with _tf32() if tf32 and left.is_cuda else contextlib.nullcontext():
+        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

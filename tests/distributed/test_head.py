@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import partial_fc as pfc
-from tests.oracle import dense_gradients, dense_stats, topk
+from tests.oracle import dense_gradients, dense_stats, next_state, topk
 
 MARGINS: list[dict[str, Any]] = [
     {"name": "NormFace"},
@@ -20,6 +20,9 @@ MARGINS: list[dict[str, Any]] = [
     {"name": "ArcFace", "m": 0.8, "easy_margin": True},
     {"name": "CombinedMargin", "m1": 1.3, "m2": 0.4, "m3": 0.1},
     {"name": "CombinedMargin", "m1": 1.0, "m2": 0.5, "m3": 0.0, "easy_margin": True},
+    {"name": "SphereFace", "m": 3, "lambda_start": 50.0},
+    {"name": "MagFace", "l_a": 1.0, "u_a": 5.0},
+    {"name": "AdaFace", "m": 0.4, "momentum": 0.7},
 ]
 NEGATIVES: list[dict[str, Any]] = [
     *({"name": "Plain", "filter_above": above} for above in (None, 0.4)),
@@ -27,10 +30,14 @@ NEGATIVES: list[dict[str, Any]] = [
         {"name": "SupportVectors", "t": 1.2, "mode": mode, "top_k": k, "filter_above": above}
         for mode, k, above in itertools.product(("adaptive", "fixed"), (None, 3), (None, 0.4))
     ),
+    {"name": "Curricular", "momentum": 0.6},
+    {"name": "Curricular", "momentum": 0.6, "top_k": 3, "filter_above": 0.4},
 ]
+MININGS: list[dict[str, Any]] = [{"name": "FocalLoss", "gamma": 2.0}, {"name": "HardMining", "keep": 0.55}]
 RATES = (1.0, 0.3)
 CASES = [*itertools.product(MARGINS, NEGATIVES, RATES)]
 SCALE = 16.0
+STEP = 7
 
 
 def build(name: str, **settings: Any) -> Any:
@@ -71,9 +78,10 @@ def run_case(rank: int, world_size: int, case: Any, data: Any, sizes: list[int],
         negatives=build(**negatives),
         sample_rate=rate,
         uneven_batches=len(set(sizes)) > 1,
-        **extra,
+        **{key: build(**value) if key == "mining" else value for key, value in extra.items()},
     )
     head.position.fill_(41)
+    head.step.fill_(STEP)
     rows = local_rows(sizes, rank)
     mine = embeddings[rows].clone().requires_grad_()
     loss = head(mine, labels[rows])
@@ -95,12 +103,21 @@ def run_case(rank: int, world_size: int, case: Any, data: Any, sizes: list[int],
         "share": stats.support_vector_share,
         "cosine": stats.target_cosine,
         "position": int(head.position),
+        "step": int(head.step),
+        "state": {
+            name.split("_", 1)[1]: value.item()
+            for name, value in head.named_buffers()
+            if name not in ("position", "step")
+        },
         "calls": dict(head.group.calls),
     }
 
 
-def run_cases(rank: int, world_size: int, cases: Any, data: Any, sizes: list[int]) -> list[dict[str, Any]]:
-    return [run_case(rank, world_size, case, data, sizes) for case in cases]
+def run_cases(
+    rank: int, world_size: int, cases: Any, data: Any, sizes: list[int], extras: Any = None
+) -> list[dict[str, Any]]:
+    extras = extras or [{}] * len(cases)
+    return [run_case(rank, world_size, case, data, sizes, **extra) for case, extra in zip(cases, extras, strict=True)]
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
@@ -108,21 +125,30 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert error <= tolerance * max(expected.norm().item(), 1e-6), f"{what}: error {error}, norm {expected.norm()}"
 
 
-def compare(case: Any, data: Any, parts: list[dict[str, Any]], world_size: int) -> None:
+def compare(
+    case: Any, data: Any, parts: list[dict[str, Any]], world_size: int, corrected: bool = False, **axes: Any
+) -> None:
     margin, negatives, rate = case
     embeddings, labels, weight = data
     ids = torch.cat([part["ids"] for part in parts])
-    settings = {"margin": margin, "negatives": negatives, "scale": SCALE, "sampled": ids}
+    settings = {"margin": margin, "negatives": negatives, "scale": SCALE, "sampled": ids, "step": STEP, **axes}
+    settings["state"] = state = next_state(embeddings, labels, weight, margin=margin, negatives=negatives)
+    if corrected:
+        positive = torch.isin(ids, labels)
+        missing = len(weight) - len(labels.unique())
+        weight_of_drawn = missing / int((~positive).sum())
+        settings["log_weight"] = torch.where(positive, 0.0, torch.tensor(weight_of_drawn, dtype=torch.float64).log())
     loss, by_embeddings, by_weight = dense_gradients(embeddings, labels, weight, world_size=world_size, **settings)
     name = f"{margin} {negatives} {rate}"
     for part in parts:
         assert_close(part["loss"], loss, f"loss of {name}")
-        assert part["position"] == 41 + len(labels)
+        assert (part["position"], part["step"]) == (41 + len(labels), STEP + 1)
+        assert part["state"] == pytest.approx(state, rel=1e-12)
     assert_close(torch.cat([part["embeddings"] for part in parts]), by_embeddings, f"embeddings of {name}")
     assert_close(torch.cat([part["weight"] for part in parts]), by_weight, f"weight of {name}")
     stats = dense_stats(embeddings, labels, weight, **settings)
     assert parts[0]["cosine"].item() == pytest.approx(stats["target_cosine"].mean().item(), rel=1e-9)
-    if negatives["name"] == "SupportVectors":
+    if negatives["name"] != "Plain":
         counts = stats["support_vectors"].double()
         assert parts[0]["support_vectors"].item() == pytest.approx(counts.mean().item(), rel=1e-6)
         assert parts[0]["share"].item() == pytest.approx((counts > 0).double().mean().item(), rel=1e-6)
@@ -139,10 +165,63 @@ def test_every_axis_agrees_with_the_definition(ranks: Any, num_classes: int, wor
         compare(case, data, [results[index] for results in by_rank], world_size)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_mining_correction_and_kept_products_agree_with_the_definition(ranks: Any, world_size: int) -> None:
+    data = problem(101, 6 * world_size, seed=8)
+    losses = [
+        (MARGINS[1], NEGATIVES[2]),
+        (MARGINS[8], NEGATIVES[4]),
+        (MARGINS[9], NEGATIVES[10]),
+        (MARGINS[3], {"name": "Plain"}),
+    ]
+    axes: list[dict[str, Any]] = [{"mining": mining} for mining in MININGS]
+    axes += [{"correct_sampling": True}, {"logits_budget": 8 * 7 * 6 * world_size * 2}, {"logits_budget": 1 << 20}]
+    axes += [{"mining": MININGS[1], "correct_sampling": True, "logits_budget": 1 << 20}]
+    chosen = [((*loss, rate), extra) for loss in losses for extra in axes for rate in RATES]
+    chosen = [(case, extra) for case, extra in chosen if case[2] < 1 or "correct_sampling" not in extra]
+    cases, extras = zip(*chosen, strict=True)
+    by_rank = ranks(world_size).run(run_cases, cases, data, [6] * world_size, extras, timeout=240)
+    for index, (case, extra) in enumerate(chosen):
+        compare(
+            case,
+            data,
+            [results[index] for results in by_rank],
+            world_size,
+            corrected="correct_sampling" in extra,
+            mining=extra.get("mining"),
+        )
+
+
+def two_steps(rank: int, world_size: int, data: Any) -> tuple[list[float], list[dict[str, float]]]:
+    embeddings, labels, weight = data
+    head = make_head(weight, rank, world_size, margin=pfc.AdaFace(), negatives=pfc.Curricular())
+    rows = local_rows([6 // world_size] * world_size, rank)
+    losses, states = [], []
+    for factor in (1.0, 3.0):
+        losses.append(head(embeddings[rows] * factor, labels[rows]).item())
+        states.append({name: getattr(head, name).item() for name in ("margin_mean", "margin_std", "negatives_tau")})
+    with torch.no_grad():
+        head(embeddings[rows], labels[rows])
+    head.eval()(embeddings[rows], labels[rows])
+    states.append({name: getattr(head, name).item() for name in ("margin_mean", "margin_std", "negatives_tau")})
+    return losses, states
+
+
+def test_running_state_is_global_and_moves_in_training_only(ranks: Any) -> None:
+    data = problem(101, 6, seed=9)
+    losses, states = ranks(1).run(two_steps, data)[0]
+    assert states[0] != states[1] == states[2]
+    for world_size in (2, 3):
+        for other_losses, other_states in ranks(world_size).run(two_steps, data):
+            assert other_losses == pytest.approx(losses, rel=1e-12)
+            for one, other in zip(states, other_states, strict=True):
+                assert other == pytest.approx(one, rel=1e-12)
+
+
 def test_uneven_batches(ranks: Any) -> None:
     sizes = [5, 0, 3]
     data = problem(101, sum(sizes), seed=3)
-    cases = [(MARGINS[3], NEGATIVES[4], 1.0), (MARGINS[1], NEGATIVES[2], 0.3)]
+    cases = [(MARGINS[3], NEGATIVES[4], 1.0), (MARGINS[1], NEGATIVES[2], 0.3), (MARGINS[8], NEGATIVES[10], 0.3)]
     by_rank = ranks(3).run(run_cases, cases, data, sizes)
     for index, case in enumerate(cases):
         compare(case, data, [results[index] for results in by_rank], 3)

@@ -7,14 +7,15 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from partial_fc import config as module
-from partial_fc import emphasis, margins
+from partial_fc import emphasis, margins, mining
 from partial_fc.config import Config, Section, load_config
 from partial_fc.errors import ConfigError
 
 MINIMAL = "data: {path: faces}\ntrain: {steps: 100}\n"
 UNIONS = {
-    margins: ["NormFace", "CosFace", "ArcFace", "CombinedMargin"],
-    emphasis: ["Plain", "SupportVectors"],
+    margins: ["NormFace", "CosFace", "ArcFace", "CombinedMargin", "SphereFace", "MagFace", "AdaFace"],
+    emphasis: ["Plain", "SupportVectors", "Curricular"],
+    mining: ["FocalLoss", "HardMining"],
 }
 
 
@@ -113,13 +114,21 @@ def test_margins_and_negatives_take_what_the_classes_take(package, name):
         ("head.sample_rate=0", "head.sample_rate: got 0, expected a number > 0 and <= 1"),
         (
             "head.margin=ArcFase",
-            'head.margin: got "ArcFase", expected one of ArcFace, CombinedMargin, CosFace, NormFace',
+            'head.margin: got "ArcFase", expected one of AdaFace, ArcFace, CombinedMargin',
         ),
         ("head.margin.m=3", "head.margin.m: got 3, expected a number >= 0 and <= 2"),
         ("head.margin={name: ArcFace, m: 3.2}", "head.margin.m: got 3.2, expected a number >= 0 and < 3.14159"),
         ("head.negatives.t=1.2", "head.negatives.t: unknown key of Plain; SupportVectors would have it"),
         ("head.negatives={name: SupportVectors, t: 0.9}", "head.negatives.t: got 0.9, expected a number >= 1 and <= 2"),
         ("head.negatives={name: SupportVectors, top_k: 0}", "top_k: got 0, expected a whole number >= 1 or null"),
+        ("head.mining={name: HardMining, keep: 0}", "head.mining.keep: got 0, expected a number > 0 and <= 1"),
+        (
+            "head.mining=Focal",
+            'head.mining: got "Focal", expected one of FocalLoss, HardMining; did you mean FocalLoss?',
+        ),
+        ("head.mining=3", "expected one of FocalLoss, HardMining, alone or as the name of a mapping or null"),
+        ("head.mining={name: FocalLoss, keep: 1}", "head.mining.keep: unknown key of FocalLoss; HardMining would have"),
+        ("head.precision=int8", 'head.precision: got "int8", expected one of auto, fp32, tf32, bf16, fp16'),
         ("head.in_backward=maybe", 'head.in_backward: got "maybe", expected auto or true or false'),
         ("optim.betas=[0.9]", "optim.betas: got [0.9], expected a list of 2, each a number >= 0 and < 1"),
         ("train.learning_rate=1", "train.learning_rate: unknown key; did you mean optim.learning_rate?"),
@@ -147,6 +156,9 @@ def test_an_impossible_value_is_one_line(tmp_path, override, line):
         (["optim.schedule=step"], "optim.milestones: got [], expected at least one step"),
         (["optim.milestones=[5]"], "optim.milestones: got [5], expected an empty list with optim.schedule=polynomial"),
         (["optim={schedule: step, milestones: [9, 9]}"], "optim.milestones: got [9, 9], expected steps that rise"),
+        (["head.sampled_classes=5", "head.sample_rate=0.1"], "got 5 next to head.sample_rate=0.1, expected only one"),
+        (["head.correct_sampling=true"], "head.correct_sampling: got true, expected false where all classes are used"),
+        (["head.margin={name: MagFace, l_a: 200}"], "head.margin: got bounds of MagFace that don't rise"),
         (["head.in_backward=true", "optim.head_clip_norm=1"], "expected auto or false with optim.head_clip_norm=1"),
         (["head.in_backward=true", "train.accumulate=2"], "head.in_backward: got true, expected auto or false with"),
         (["head.in_backward=true", "train.precision=fp16"], "expected auto or false with train.precision=fp16"),

@@ -1,0 +1,165 @@
+"""The walk over a rank's class centres in chunks: how long they are, how their rows and products are had.
+
+Legend: B rows of the global batch, d embedding size, P classes walked (all of the shard's, or the sampled ones), p
+classes of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORM_FLOOR = 1e-12
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNKNOWN_CACHE = 16 << 20
+_FEWEST_CLASSES = 256
+
+
+class Chunk(NamedTuple):
+    """A block of the walk.
+
+    Attributes:
+        number: which one.
+        begin: its first place in the walk.
+        end: one past its last.
+        rows: where its centres stand in the weight: a slice, or int64 ids ``[p]``.
+        centres: its rows of the weight ``[p, d]``, as they are stored.
+    """
+
+    number: int
+    begin: int
+    end: int
+    rows: slice | Tensor
+    centres: Tensor
+
+
+class Walk:
+    """The chunks of one pass over the weight; gathered rows stand in one buffer, which the next chunk overwrites.
+
+    Args:
+        weight: ``[local classes, d]``.
+        ids: sorted local ids ``[P]`` to walk; None: all.
+        batch: B.
+        chunk_size: classes of a chunk; None: by the size of the cache.
+    """
+
+    def __init__(self, weight: Tensor, ids: Tensor | None, batch: int, chunk_size: int | None) -> None:
+        self._weight, self._ids = weight, ids
+        total = len(weight) if ids is None else len(ids)
+        longest = chunk_size or chunk_length(batch, weight.shape[1], weight.device)
+        # Of equal length, so that none is tiny.
+        count = -(-total // longest)
+        self.bounds = [total * number // count for number in range(count + 1)] if count else [0]
+        self.longest = -(-total // count) if count else 0
+        self._gathered: Tensor | None = None
+        self._first: Chunk | None = None
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for number in range(len(self)):
+            first, self._first = self._first, None
+            yield first if first is not None else self._load(number)
+
+    def load_first(self) -> Chunk | None:
+        """The first chunk ahead of the iteration, while something else is on its way; None where there is none."""
+        if self._first is None and len(self):
+            self._first = self._load(0)
+        return self._first
+
+    def _load(self, number: int) -> Chunk:
+        begin, end = self.bounds[number], self.bounds[number + 1]
+        if self._ids is None:
+            return Chunk(number, begin, end, slice(begin, end), self._weight[begin:end])
+        if self._gathered is None:
+            self._gathered = self._weight.new_empty(self.longest, self._weight.shape[1])
+        rows = self._ids[begin:end]
+        centres = torch.index_select(self._weight, 0, rows, out=self._gathered[: end - begin])
+        return Chunk(number, begin, end, rows, centres)
+
+
+class KeptProducts:
+    """Products of the forward that the backward uses again, as far as a budget of bytes allows.
+
+    On a CPU they stand in one block of memory that is kept from step to step: asking the system for that much anew,
+    and touching it first, would cost as much as the product that is saved.
+
+    Args:
+        budget: bytes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._block: Tensor | None = None
+
+    def take(self, walk: Walk, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+        """Places ``[p, B]`` for the products of the first chunks, as many as fit; give them back after use.
+
+        On a GPU None stands for each: the allocator keeps memory there, and the product is its own place.
+        """
+        sizes = [(end - begin) * batch for begin, end in zip(walk.bounds, walk.bounds[1:], strict=False)]
+        fitting = [end for end in itertools.accumulate(sizes) if end * dtype.itemsize <= self._budget]
+        if not fitting or device.type != "cpu":
+            return [None] * len(fitting)
+        block, self._block = self._block, None
+        if block is None or block.dtype != dtype or len(block) < fitting[-1]:
+            block = torch.empty(fitting[-1], dtype=dtype)
+        return [part.view(-1, batch) for part in block[: fitting[-1]].split(sizes[: len(fitting)])]
+
+    def give_back(self, places: Sequence[Tensor | None]) -> None:
+        """What :meth:`take` gave is not needed any more."""
+        first = places[0] if places else None
+        if first is not None and first.device.type == "cpu":
+            self._block = first if first._base is None else first._base
+
+
+def chunk_length(batch: int, size: int, device: torch.device) -> int:
+    """Classes of a chunk: so many that products, centres and gradient rows stay in the cache (CPU) or L2 (GPU).
+
+    Args:
+        batch: B.
+        size: d.
+        device: where the weight is.
+    """
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        # Others use it, too.
+        cache = cpu_cache() // 2
+    per_class = 4 * (batch + 2 * size)
+    return max(_FEWEST_CLASSES, cache // per_class // 64 * 64)
+
+
+@functools.cache
+def cpu_cache() -> int:
+    """Bytes of the CPU's largest cache; 16 MiB where the system doesn't tell."""
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        try:
+            found = re.fullmatch(r"(\d+)([KMG]?)\s*", path.read_text(encoding="ascii"))
+        except OSError:
+            continue
+        if found:
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms (floored at 1e-12), and their norms ``[n]``. A row that isn't finite becomes NaN."""
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    floored = norm.clamp_min(NORM_FLOOR).masked_fill(~torch.isfinite(norm), torch.nan)
+    return rows / floored[:, None], floored
+
+
+def inverse_norms(centres: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |w_j| ``[p]`` in ``dtype``, norms floored at 1e-12."""
+    return torch.linalg.vector_norm(centres, dim=1, dtype=dtype).clamp_min(NORM_FLOOR).reciprocal()
