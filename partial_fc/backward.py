@@ -34,7 +34,8 @@ class Backward:
         self._kernels = choose_kernels(step.engine.kernels, weight.device, self._dtype, step.walked * batch)
         # All gradients stay near 1 until the end, so that half precision neither overflows nor vanishes.
         self._factor = loss_gradient.to(self._dtype) / batch
-        self._walk = Walk(weight, step.ids, batch, step.engine.chunk_size)
+        gathered = step.engine.rows.of(step, step.walked)
+        self._walk = Walk(weight, step.ids, batch, step.engine.chunk_size, gathered, filled=gathered is not None)
         # A GPU writes the gradient as the next products want it; a CPU multiplies in float32 anyway.
         self._gradient_dtype = self._compute_dtype if weight.is_cuda else self._dtype
         self._storage = Storage(self._walk, batch, self._gradient_dtype, weight.device)

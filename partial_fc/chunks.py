@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from partial_fc.memory import empty_rows
+
 NORM_FLOOR = 1e-12
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -41,6 +43,33 @@ class Chunk(NamedTuple):
     centres: Tensor
 
 
+class KeptRows:
+    """The rows of sampled classes, gathered by the forward, for the backward: where they are few beside the shard.
+
+    They stand in one block that is kept from step to step, and belong to the step that filled it last.
+    """
+
+    def __init__(self) -> None:
+        self._block: Tensor | None = None
+        self._owner: object = None
+
+    def take(self, owner: object, weight: Tensor, rows: int) -> Tensor | None:
+        """A place ``[rows, d]`` for a step's rows; None where they are more than an eighth of the shard's."""
+        self._owner = None
+        if 8 * rows > len(weight):
+            return None
+        block = self._block
+        if block is None or len(block) < rows or block.dtype != weight.dtype or block.device != weight.device:
+            # A little more: another step samples a few classes more.
+            self._block = block = empty_rows(rows + rows // 64 + 64, weight.shape[1], weight.dtype, weight.device)
+        self._owner = owner
+        return block[:rows]
+
+    def of(self, owner: object, rows: int) -> Tensor | None:
+        """The rows, where they still are those of this step."""
+        return self._block[:rows] if self._owner is owner and self._block is not None else None
+
+
 class Walk:
     """The chunks of one pass over the weight; gathered rows stand in one buffer, which the next chunk overwrites.
 
@@ -49,16 +78,24 @@ class Walk:
         ids: sorted local ids ``[P]`` to walk; None: all.
         batch: B.
         chunk_size: classes of a chunk; None: by the size of the cache.
+        gathered: a place ``[P, d]`` for all gathered rows instead.
+        filled: whether they are there already.
     """
 
-    def __init__(self, weight: Tensor, ids: Tensor | None, batch: int, chunk_size: int | None) -> None:
-        self._weight, self._ids = weight, ids
+    def __init__(
+        self,
+        weight: Tensor,
+        ids: Tensor | None,
+        batch: int,
+        chunk_size: int | None,
+        gathered: Tensor | None = None,
+        *,
+        filled: bool = False,
+    ) -> None:
+        self._weight, self._ids, self._all, self._filled = weight, ids, gathered, filled
         total = len(weight) if ids is None else len(ids)
-        longest = chunk_size or chunk_length(batch, weight.shape[1], weight.device)
-        # Of equal length, so that none is tiny.
-        count = -(-total // longest)
+        count, self.longest = equal_chunks(total, chunk_size or chunk_length(batch, weight.shape[1], weight.device))
         self.bounds = [total * number // count for number in range(count + 1)] if count else [0]
-        self.longest = -(-total // count) if count else 0
         self._gathered: Tensor | None = None
         self._first: Chunk | None = None
 
@@ -80,11 +117,16 @@ class Walk:
         begin, end = self.bounds[number], self.bounds[number + 1]
         if self._ids is None:
             return Chunk(number, begin, end, slice(begin, end), self._weight[begin:end])
-        if self._gathered is None:
-            self._gathered = self._weight.new_empty(self.longest, self._weight.shape[1])
         rows = self._ids[begin:end]
-        centres = torch.index_select(self._weight, 0, rows, out=self._gathered[: end - begin])
-        return Chunk(number, begin, end, rows, centres)
+        if self._all is not None:
+            place = self._all[begin:end]
+        else:
+            if self._gathered is None:
+                self._gathered = self._weight.new_empty(self.longest, self._weight.shape[1])
+            place = self._gathered[: end - begin]
+        if not self._filled:
+            torch.index_select(self._weight, 0, rows, out=place)
+        return Chunk(number, begin, end, rows, place)
 
 
 class KeptProducts:
@@ -135,8 +177,28 @@ def chunk_length(batch: int, size: int, device: torch.device) -> int:
     else:
         # Others use it, too.
         cache = cpu_cache() // 2
+    return classes_in_cache(batch, size, cache)
+
+
+def classes_in_cache(batch: int, size: int, cache: int) -> int:
+    """Classes of a chunk whose products, centres and gradient rows fill ``cache`` bytes: a multiple of 64, 256 or more.
+
+    Args:
+        batch: B.
+        size: d.
+        cache: bytes.
+    """
     per_class = 4 * (batch + 2 * size)
     return max(_FEWEST_CLASSES, cache // per_class // 64 * 64)
+
+
+def equal_chunks(total: int, most: int) -> tuple[int, int]:
+    """(number of chunks, classes of the longest) that ``total`` classes are cut into, none longer than ``most``.
+
+    Chunk i is ``[total i // number, total (i + 1) // number)``: of equal length, so that none is tiny.
+    """
+    count = -(-total // most)
+    return count, -(-total // count) if count else 0
 
 
 @functools.cache

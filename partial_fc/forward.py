@@ -42,7 +42,8 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
     gathering = engine.group.gather_embeddings(
         _with_norms(unit_bd.to(compute_dtype), norm_b if axes.margin.needs_norms else None), step.sizes
     )
-    walk = Walk(weight, step.ids, sum(step.sizes), engine.chunk_size)
+    gathered = engine.rows.take(step, weight, step.walked) if keep and step.ids is not None else None
+    walk = Walk(weight, step.ids, sum(step.sizes), engine.chunk_size, gathered)
     forward = _Walked(weight, step, walk, compute_dtype, dtype)
     forward.prepare()  # beside the gather
     unit_Bd, norm_B = _without_norms(gathering.wait(), unit_bd.shape[1], dtype)

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partial_fc.autograd import ShardedSoftmax
-from partial_fc.chunks import KeptProducts, Walk, inverse_norms, unit_rows
+from partial_fc.chunks import KeptProducts, KeptRows, Walk, inverse_norms, unit_rows
 from partial_fc.collectives import HeadGroup
 from partial_fc.emphasis import Negatives, SupportVectors
 from partial_fc.errors import ConfigError, LabelError, NonFiniteError
 from partial_fc.kernels import BACKENDS
 from partial_fc.margins import CosFace, Margin
+from partial_fc.memory import empty_rows
 from partial_fc.mining import Mining
 from partial_fc.normalizer import keep_largest
 from partial_fc.permutation import hash64
@@ -213,14 +214,14 @@ class PartialFC(nn.Module):
             kernels=kernels,
             filter_gradient=filter_gradient,
             kept=KeptProducts(logits_budget),
+            rows=KeptRows(),
         )
         self._start, self._end = self.shards.bounds(group.rank)
         self._defer_checks = defer_checks
         self._prepared: _Prepared | None = None
         self._deferred: _DeferredCheck | None = None
         self._open_step = 0
-        shape = (self._end - self._start, embedding_size)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=storage_dtype, device=device))
+        self.weight = nn.Parameter(empty_rows(self._end - self._start, embedding_size, storage_dtype, device))
         # Optimizers that round stochastically do it by global class.
         self.weight.first_class = self._start  # type: ignore[attr-defined]
         for name in _COUNTERS:

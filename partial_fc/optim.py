@@ -16,6 +16,7 @@ from torch import Tensor
 
 from partial_fc.errors import ConfigError
 from partial_fc.kernels import BACKENDS, Kernels, Noise, choose_kernels
+from partial_fc.memory import empty_rows
 from partial_fc.permutation import hash64
 
 # Rows that a two-phase update works on at once: temporaries stay small beside weight and state.
@@ -168,7 +169,8 @@ class RowOptimizer(torch.optim.Optimizer):
         """A state tensor of the parameter's shape, zero at first."""
         state = self.state[param]
         if name not in state:
-            state[name] = torch.zeros_like(param, dtype=self._state_dtype or param.dtype)
+            dtype = self._state_dtype or param.dtype
+            state[name] = empty_rows(param.shape[0], param.shape[1], dtype, param.device).zero_()
         tensor: Tensor = state[name]
         return tensor
 

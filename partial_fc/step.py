@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.chunks import Chunk, KeptProducts, Walk
+from partial_fc.chunks import Chunk, KeptProducts, KeptRows, Walk
 from partial_fc.collectives import HeadGroup
 from partial_fc.emphasis import Negatives
 from partial_fc.kernels import multiply
@@ -40,6 +40,7 @@ class Engine:
         filter_gradient: a class whose softmax weight is below it for every row is left out of its own gradient's
             product; None: none is.
         kept: the products that the forward may keep.
+        rows: the gathered centres that it keeps.
     """
 
     group: HeadGroup
@@ -50,6 +51,7 @@ class Engine:
     kernels: str
     filter_gradient: float | None
     kept: KeptProducts
+    rows: KeptRows
 
     def dtypes(self, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the products' operands, dtype of reductions, norms and exponentials)."""

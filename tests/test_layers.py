@@ -18,6 +18,7 @@ config_reader
 config
 permutation
 sharding
+memory
 margins
 emphasis
 mining
@@ -36,6 +37,7 @@ models
 collectives
 sampling
 chunks
+footprint
 candidates
 optim
 loss_scale

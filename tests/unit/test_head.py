@@ -371,3 +371,16 @@ def test_bfloat16_centres_train() -> None:
         assert head.weight.dtype == optimizer.state[head.weight]["momentum_buffer"].dtype == storage
         final[storage] = float(loss.detach())
     assert final[torch.bfloat16] == pytest.approx(final[torch.float32], rel=0.05)
+
+
+def test_kept_rows_belong_to_the_step_that_gathered_them() -> None:
+    def train(interrupted: bool) -> list[torch.Tensor]:
+        head = pfc.PartialFC(8, 400, sampled_classes=20)
+        embeddings = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        first = head(embeddings, torch.arange(5))
+        if interrupted:
+            head(embeddings, torch.arange(5) + 300)  # gathers other rows into the same memory
+        return list(torch.autograd.grad(first, [embeddings, head.weight]))
+
+    for one, other in zip(train(False), train(True), strict=True):
+        assert torch.equal(one.to_dense(), other.to_dense())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import partial_fc as pfc
+from partial_fc.kernels.updates import Noise, _noise_bits, round_stochastically
 from partial_fc.optim import RowAdamW, RowSGD, Schedule, clip_shards
 
 SGD: list[dict[str, Any]] = [
@@ -88,7 +89,9 @@ def heads(optimizer: Any, rate: float, **options: Any) -> list[torch.Tensor]:
     [
         (RowSGD, {"lr": 0.5, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
         (RowSGD, {"lr": 0.5, "momentum": 0.9, "max_row_norm": 0.05}),
+        (RowSGD, {"lr": 0.5, "max_value": 0.02, "max_row_norm": 0.05}),
         (RowAdamW, {"lr": 0.01}),
+        (RowAdamW, {"lr": 0.01, "max_value": 0.02}),
     ],
 )
 def test_in_backward_equals_two_phases(optimizer: Any, options: dict[str, Any], rate: float) -> None:
@@ -117,6 +120,106 @@ def test_row_norms_are_clipped() -> None:
     param.grad = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
     optimizer.step()
     torch.testing.assert_close(param.detach(), -torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_values_are_clipped_before_row_norms() -> None:
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = RowSGD([param], lr=1.0, max_value=1.0, max_row_norm=1.0)
+    param.grad = torch.tensor([[3.0, -4.0], [0.3, 0.4]])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), -torch.tensor([[0.5**0.5, -(0.5**0.5)], [0.3, 0.4]]))
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(("optimizer", "options"), [(RowSGD, {"momentum": 0.9, "max_row_norm": 0.05}), (RowAdamW, {})])
+def test_a_loss_scale_is_divided_out(optimizer: Any, options: dict[str, Any], in_backward: bool) -> None:
+    weights = []
+    for scale in (1.0, 1024.0):
+        head = pfc.PartialFC(8, 50, scale=16.0).double()
+        optim = optimizer(head.parameters(), lr=0.1, **options, in_backward=in_backward)
+        optim.loss_scale = scale
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            embeddings = torch.randn(9, 8, generator=generator, dtype=torch.float64).requires_grad_()
+            (head(embeddings, torch.arange(9)) * scale).backward()
+            optim.step()
+            optim.zero_grad()
+        weights.append(head.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(RowSGD, {"lr": 0.5, "momentum": 0.9}), (RowAdamW, {"lr": 0.01}), (RowSGD, {"lr": 0.5, "max_row_norm": 0.05})],
+)
+def test_compiled_updates_equal_eager_ones(optimizer: Any, options: dict[str, Any], rate: float) -> None:
+    weights = []
+    for kernels in ("eager", "compiled"):
+        head = pfc.PartialFC(8, 50, sample_rate=rate, seed=2, scale=16.0, chunk_size=16)
+        optim = optimizer(head.parameters(), **options, weight_decay=0.01, in_backward=True, kernels=kernels)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            embeddings = torch.randn(9, 8, generator=generator).requires_grad_()
+            head(embeddings, torch.arange(9)).backward()
+            optim.step()
+        weights.append(head.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_stochastic_rounding_is_right_on_average_and_never_off_by_more_than_a_step() -> None:
+    # 1 + 2**-7 is the next number of bfloat16 after 1; a quarter of the way there rounds up once in four times.
+    value = torch.full((400, 500), 1 + 2.0**-9)
+    bits = _noise_bits(Noise(torch.tensor([5], dtype=torch.int32), torch.arange(400, dtype=torch.int32)), 500)
+    for drawn in (bits, bits >> 16):
+        for sign in (1.0, -1.0):
+            rounded = round_stochastically(value * sign, drawn).float() * sign
+            assert set(rounded.unique().tolist()) == {1.0, 1 + 2.0**-7}
+            share = (rounded > 1).float().mean().item()
+            assert abs(share - 0.25) < 5 * (0.25 * 0.75 / value.numel()) ** 0.5
+    whole = torch.tensor([0.0, 1.0, -2.5, torch.inf, -torch.inf])
+    assert torch.equal(round_stochastically(whole, bits[0, :5]).float(), whole)
+    assert round_stochastically(torch.tensor([torch.nan]), bits[0, :1]).isnan().all()
+
+
+def test_a_small_update_is_not_lost_in_bfloat16() -> None:
+    # Rounding to nearest would leave 1 - 1e-4 at 1 for ever.
+    param = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = RowSGD([param], lr=1e-4)
+    for _ in range(500):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert param.float().mean().item() == pytest.approx(0.95, abs=2e-3)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(("optimizer", "options"), [(RowSGD, {"lr": 0.2, "momentum": 0.9}), (RowAdamW, {"lr": 0.01})])
+def test_bfloat16_rounding_follows_the_saved_state(optimizer: Any, options: dict[str, Any], in_backward: bool) -> None:
+    def make() -> tuple[pfc.PartialFC, Any]:
+        head = pfc.PartialFC(8, 50, scale=16.0, sample_rate=0.5, storage_dtype=torch.bfloat16)
+        return head, optimizer(
+            head.parameters(), **options, state_dtype=torch.bfloat16, seed=3, in_backward=in_backward
+        )
+
+    def train(head: pfc.PartialFC, optim: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            embeddings = torch.randn(9, 8, generator=generator).requires_grad_()
+            head(embeddings, torch.arange(9)).backward()
+            optim.step()
+            optim.zero_grad()
+
+    whole, whole_optim = make()
+    train(whole, whole_optim, 0, 6)
+    half, half_optim = make()
+    train(half, half_optim, 0, 3)
+    resumed, resumed_optim = make()
+    resumed.load_state_dict(half.state_dict())
+    resumed_optim.load_state_dict(half_optim.state_dict())
+    for name, value in resumed_optim.state[resumed.weight].items():
+        assert value.dtype == half_optim.state[half.weight][name].dtype
+    train(resumed, resumed_optim, 3, 6)
+    assert torch.equal(resumed.weight, whole.weight)
 
 
 def test_norm_over_shards_is_clipped() -> None:
@@ -148,6 +251,9 @@ def test_schedules() -> None:
         (lambda p: RowSGD(p, lr=1, momentum=1), "momentum=1"),
         (lambda p: RowSGD(p, lr=1, nesterov=True), "nesterov=True"),
         (lambda p: RowSGD(p, lr=1, max_row_norm=0), "max_row_norm=0"),
+        (lambda p: RowSGD(p, lr=1, max_value=-1), "max_value=-1"),
+        (lambda p: RowSGD(p, lr=1, state_dtype=torch.float16), "state_dtype=torch.float16"),
+        (lambda p: RowAdamW(p, kernels="fast"), "kernels='fast'"),
         (lambda p: RowAdamW(p, betas=(0.9, 1.0)), "betas"),
     ],
 )
