@@ -65,15 +65,15 @@ class Backward:
                     # Under way while the last chunk's centres move.
                     scattering = step.engine.group.scatter_embedding_gradient(gradient_Bd, step.sizes)
             if self._wants_weight:
-                out = (
-                    buffer if centres_gradient_Pd is None or buffer is not None else centres_gradient_Pd[chunk.begin :]
-                )
+                place = None if centres_gradient_Pd is None else centres_gradient_Pd[chunk.begin : chunk.end]
+                out = place if buffer is None else buffer[: chunk.end - chunk.begin]
                 assert out is not None
-                centre_gradient = self._centre_gradient(chunk, gradient_PB, peak_P, out[: chunk.end - chunk.begin])
+                centre_gradient = self._centre_gradient(chunk, gradient_PB, peak_P, out)
                 if updater is not None:
                     updater(chunk.rows, centre_gradient, gate, chunk.centres)
-                elif centres_gradient_Pd is not None and buffer is not None:
-                    centres_gradient_Pd[chunk.begin : chunk.end] = centre_gradient
+                elif place is not None and place.data_ptr() != centre_gradient.data_ptr():
+                    # A GPU's products in half precision come in memory of their own.
+                    place.copy_(centre_gradient)
         step.engine.kept.give_back(step.kept)
         # A second backward of a retained graph makes the products again.
         step.kept = []

@@ -66,6 +66,33 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="Configuration, a YAML file.")],
+    overrides: _Overrides = None,
+    classes: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of classes, repeatable; default: data.num_classes and 10^6 to 10^9."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Number of ranks.")] = 8,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a rank, such as 141GiB; default: that of --gpu, else 80GB.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="What a rank has: v100-16, v100-32, a100-40, a100-80, l40s, h100, h200 or b200."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file, too.")] = None,
+) -> None:
+    """Say what a run would take: memory by item, bytes sent, operations, and the most classes that fit."""
+    with _one_line_errors():
+        from partial_fc.config import load_config
+        from partial_fc.plan_report import make_plan
+
+        settings = load_config(config, overrides or [])
+        make_plan(settings, classes=classes or [], ranks=ranks, memory=memory, gpu=gpu, json_file=json)
+
+
+@app.command()
 def demo(
     config: Annotated[Path, typer.Option(help="Configuration of the demonstration.")] = Path("configs/demo.yaml"),
     overrides: _Overrides = None,

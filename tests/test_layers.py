@@ -76,6 +76,7 @@ build
 report
 train
 plan
+plan_report
 bench
 demo
 
@@ -89,7 +90,7 @@ __main__
 SIBLINGS = {"checkpoint", "journal", "metrics", "evaluate", "export", "gallery"}
 
 # Below `build` modules take plain arguments. plan, bench and train stand above it.
-READ_THE_CONFIGURATION = {"build", "train", "plan", "bench", "demo", "cli"}
+READ_THE_CONFIGURATION = {"build", "train", "plan", "plan_report", "bench", "demo", "cli"}
 CONFIGURATION = {"config", "config_reader"}
 
 # Kernels take numbers and tensors, never objects of the loss.

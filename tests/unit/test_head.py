@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import partial_fc as pfc
+from partial_fc import step
 
 MARGINS = [
     pfc.NormFace(),
@@ -190,6 +191,7 @@ def test_bad_margins_and_negatives(make: Any, match: str) -> None:
 
 MEMORY = """
 import re, sys, torch, partial_fc as pfc
+from partial_fc.kernels.compiled import works
 torch.set_num_threads(1)
 # Not getrusage: its peak begins with that of the process that forked this one.
 def memory(name): return 1024 * int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -205,6 +207,7 @@ def train(classes, batch, backend, **options):
     return 2 * head.weight.numel() * 4
 options = eval(sys.argv[3])
 # What the libraries take once: the products' buffers, the compiler's modules.
+works("cpu")
 train(3000, 64, "compiled", **{**options, **({"sampled_classes": 1000} if "sampled_classes" in options else {})})
 open("/proc/self/clear_refs", "w").write("5")
 before = memory("VmRSS")
@@ -384,3 +387,20 @@ def test_kept_rows_belong_to_the_step_that_gathered_them() -> None:
 
     for one, other in zip(train(False), train(True), strict=True):
         assert torch.equal(one.to_dense(), other.to_dense())
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_products_may_come_in_memory_of_their_own(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    # As on a GPU in half precision.
+    options = {"sample_rate": rate, "negatives": pfc.SupportVectors(1.2, top_k=3)}
+    variants: list[dict[str, Any]] = [{}, {"logits_budget": 1 << 20}, {"filter_gradient": 1e-9}]
+    expected = [two_heads(extra, extra, **options)[0] for extra in variants]
+    multiply = step.multiply
+
+    def elsewhere(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, out: Any = None, **more: Any) -> Any:
+        return multiply(left, right, dtype, None, **more)
+
+    monkeypatch.setattr(step, "multiply", elsewhere)
+    for extra, right in zip(variants, expected, strict=True):
+        for one, other in zip(two_heads(extra, extra, **options)[0], right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
