@@ -53,7 +53,7 @@ class Case:
     negatives: str = "support-vectors"
     kernels: str | None = None
     chunk_size: int | None = None
-    fused_baseline: bool = True
+    fused_baseline: bool = False
     rounds: int = 5
     steps: int = 1
     threads: int | None = None

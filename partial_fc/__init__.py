@@ -11,8 +11,9 @@ from partial_fc.errors import (
     PartialFCError,
 )
 from partial_fc.head import HeadStats, PartialFC
-from partial_fc.margins import AdaFace, ArcFace, CombinedMargin, CosFace, MagFace, NormFace, SphereFace
+from partial_fc.margins import ArcFace, CombinedMargin, CosFace, NormFace, SphereFace
 from partial_fc.mining import FocalLoss, HardMining
+from partial_fc.norm_margins import AdaFace, MagFace
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,12 @@ from partial_fc.data import Augmentation, RecordReader, SampleOrder, SampleStrea
 from partial_fc.emphasis import Curricular, Negatives, Plain, SupportVectors
 from partial_fc.errors import ConfigError
 from partial_fc.head import PartialFC
-from partial_fc.margins import AdaFace, ArcFace, CombinedMargin, CosFace, MagFace, Margin, NormFace, SphereFace
+from partial_fc.margins import ArcFace, CombinedMargin, CosFace, Margin, NormFace, SphereFace
 from partial_fc.mining import FocalLoss, HardMining, Mining
+from partial_fc.norm_margins import AdaFace, MagFace
 from partial_fc.optim import RowAdamW, RowOptimizer, RowSGD, Schedule
 
-_MARGINS: dict[str, Callable[..., Margin]] = {
+MARGINS: dict[str, type[Margin]] = {
     margin.__name__: margin for margin in (NormFace, CosFace, ArcFace, CombinedMargin, SphereFace, MagFace, AdaFace)
 }
 _NEGATIVES: dict[str, Callable[..., Negatives]] = {
@@ -166,7 +167,7 @@ def build_head(config: Config, num_classes: int, place: Place, precision: torch.
     return PartialFC(
         config.backbone.embedding_size,
         num_classes,
-        margin=_MARGINS[section.margin.name](**section.margin.model_dump(exclude={"name"})),
+        margin=MARGINS[section.margin.name](**section.margin.model_dump(exclude={"name"})),
         negatives=_NEGATIVES[section.negatives.name](**section.negatives.model_dump(exclude={"name"})),
         mining=None
         if section.mining is None

@@ -129,6 +129,11 @@ class Walk:
         return Chunk(number, begin, end, rows, place)
 
 
+def default_budget(weight_bytes: int) -> int:
+    """Bytes of products that are kept unasked: at most a thirty-second of what a rank's centres take."""
+    return weight_bytes // 32
+
+
 class KeptProducts:
     """Products of the forward that the backward uses again, as far as a budget of bytes allows.
 
@@ -154,14 +159,16 @@ class KeptProducts:
             return [None] * len(fitting)
         block, self._block = self._block, None
         if block is None or block.dtype != dtype or len(block) < fitting[-1]:
-            block = torch.empty(fitting[-1], dtype=dtype)
+            # A little more, where there is room: another step samples a few classes more.
+            room = min(fitting[-1] + fitting[-1] // 64, self._budget // dtype.itemsize)
+            block = empty_rows(1, room, dtype, device)[0]
         return [part.view(-1, batch) for part in block[: fitting[-1]].split(sizes[: len(fitting)])]
 
     def give_back(self, places: Sequence[Tensor | None]) -> None:
         """What :meth:`take` gave is not needed any more."""
         first = places[0] if places else None
         if first is not None and first.device.type == "cpu":
-            self._block = first if first._base is None else first._base
+            self._block = (first if first._base is None else first._base).view(-1)
 
 
 def chunk_length(batch: int, size: int, device: torch.device) -> int:

@@ -271,8 +271,9 @@ class HeadConfig(Section):
     gradient accumulation, fp16 and head_clip_norm allow it."""
     chunk_size: Count | None = None
     """Classes that are walked at once; null: sized to the cache."""
-    logits_budget: Annotated[int, Field(ge=0)] = 0
-    """Bytes of products that each rank's forward may keep for the backward, which makes the others again."""
+    logits_budget: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of products that each rank's forward may keep for the backward, which makes the others again; null: a
+    thirty-second of what its centres take."""
     filter_gradient: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Leave a class out of its own gradient's product where its softmax weight is below this for the whole batch;
     null: exact."""

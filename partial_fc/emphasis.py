@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.margins import Checked
+from partial_fc.checks import Checked
 
 
 class Coefficients(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from partial_fc.chunks import classes_in_cache, equal_chunks
+from partial_fc.chunks import classes_in_cache, default_budget, equal_chunks
 
 # glibc keeps freed blocks of up to 32 MiB (its largest threshold for blocks that go back to the system at once).
 CPU_RUNTIME = 32 << 20
@@ -48,7 +48,7 @@ class HeadPlan:
         norms: whether the margin needs the embeddings' norms.
         emphasizes: whether support vectors are raised.
         top_k: K; None: all support vectors are.
-        logits_budget: bytes of products that the forward may keep.
+        logits_budget: bytes of products that the forward may keep; None: the default of the head.
         chunk_size: classes of a chunk; None: by the cache.
         cache: bytes of the cache that a chunk fills.
         gpu: whether the head is on a GPU.
@@ -74,7 +74,7 @@ class HeadPlan:
     norms: bool = False
     emphasizes: bool = False
     top_k: int | None = None
-    logits_budget: int = 0
+    logits_budget: int | None = None
     chunk_size: int | None = None
     gpu: bool = False
     compiled: bool | None = None
@@ -115,7 +115,10 @@ class HeadPlan:
     def kept(self) -> int:
         """Classes whose products the forward keeps: whole chunks, as many as the budget has room for."""
         count, _ = self.chunks
-        fitting = self.logits_budget // (4 * self.batch)
+        budget = self.logits_budget
+        if budget is None:
+            budget = default_budget(self.local * self.size * self.stored)
+        fitting = budget // (4 * self.batch)
         kept = min(count, ((fitting + 1) * count - 1) // self.walked)
         return self.walked * kept // count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,19 +13,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partial_fc.autograd import ShardedSoftmax
-from partial_fc.chunks import KeptProducts, KeptRows, Walk, inverse_norms, unit_rows
+from partial_fc.checks import require
+from partial_fc.chunks import KeptProducts, KeptRows, default_budget
 from partial_fc.collectives import HeadGroup
 from partial_fc.emphasis import Negatives, SupportVectors
-from partial_fc.errors import ConfigError, LabelError, NonFiniteError
 from partial_fc.kernels import BACKENDS
+from partial_fc.labels import DeferredCheck, Prepared, raise_labels, to_device, to_host
 from partial_fc.margins import CosFace, Margin
 from partial_fc.memory import empty_rows
 from partial_fc.mining import Mining
-from partial_fc.normalizer import keep_largest
 from partial_fc.permutation import hash64
 from partial_fc.sampling import SampledClasses, sampled_classes
 from partial_fc.sharding import ClassShards
-from partial_fc.step import Correction, Engine, Loss, RowUpdater, Step, row_of
+from partial_fc.step import Correction, Engine, Loss, RowUpdater, Step
+from partial_fc.topk import largest_classes
 
 # Rows of a block of initial centres: a whole block is drawn, then cut to the shard, so W does not matter.
 _INIT_BLOCK = 4096
@@ -57,62 +58,6 @@ class HeadStats:
     positive_classes: int | None
 
 
-@dataclass
-class _Prepared:
-    """Labels gathered early, and what follows from them.
-
-    Attributes:
-        given: what the caller passed.
-        sizes: rows of each rank.
-        unchecked: ``[B]`` global labels as they came.
-        labels: ``[B]`` on the device of the weight, 0 where one is out of range.
-        bad: 0-dim bool, whether one is; None where that was raised at once.
-        on_host: ``labels`` on the host, from which classes are sampled; None where nothing is sampled.
-        arrived: recorded once ``on_host`` is filled; None: it is.
-        trains: whether ``sampled`` was made for a training step.
-        sampled: the classes to walk; None: all, or not sampled yet.
-    """
-
-    given: Tensor
-    sizes: list[int]
-    unchecked: Tensor
-    labels: Tensor
-    bad: Tensor | None
-    on_host: Tensor | None
-    arrived: torch.cuda.Event | None
-    trains: bool
-    sampled: SampledClasses | None = None
-
-
-class _DeferredCheck:
-    """A failure that the device found, to be read without stalling it: flags are copied while it works on."""
-
-    def __init__(self, bad_labels: Tensor, failed: Tensor, raise_labels: Callable[[], None]) -> None:
-        flags = torch.stack([bad_labels, failed])
-        self._raise_labels = raise_labels
-        self._copied = None
-        if flags.is_cuda:
-            self._flags = torch.empty(2, dtype=torch.bool, pin_memory=True)
-            self._flags.copy_(flags, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._flags = flags
-
-    def check(self) -> None:
-        """Wait until the flags are there, and raise."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        bad_labels, failed = self._flags.tolist()
-        if bad_labels:
-            self._raise_labels()
-        if failed:
-            raise NonFiniteError(
-                "an embedding or the loss of the last step isn't finite: expected finite numbers "
-                "(nothing was trained on this batch; lower the learning rate or look at the batch's images)"
-            )
-
-
 class PartialFC(nn.Module):
     """Margin softmax over classes that are sharded over the ranks.
 
@@ -138,7 +83,8 @@ class PartialFC(nn.Module):
         negatives_warmup_steps: training steps over which the emphasis grows from none (``Curricular`` adapts itself).
         uneven_batches: allow another number of rows on each rank (one more tiny collective a step).
         chunk_size: classes of a chunk; None: by the size of the cache.
-        logits_budget: bytes of products that the forward may keep for the backward, which makes the others again.
+        logits_budget: bytes of products that the forward may keep for the backward, which makes the others again; None:
+            a thirty-second of what this rank's centres take.
         filter_gradient: a class whose softmax weight is below this for every row of the batch is left out of the
             product that makes the centres' gradient; its momentum and decay still apply. An approximation: each row
             misses at most scale x this (x the emphasis) of its pull on such a centre. On a GPU the host waits for
@@ -186,7 +132,7 @@ class PartialFC(nn.Module):
         negatives_warmup_steps: int = 0,
         uneven_batches: bool = False,
         chunk_size: int | None = None,
-        logits_budget: int = 0,
+        logits_budget: int | None = None,
         filter_gradient: float | None = None,
         kernels: str = "auto",
         compute_dtype: torch.dtype | Literal["tf32"] | None = None,
@@ -204,6 +150,10 @@ class PartialFC(nn.Module):
         self.correct_sampling, self.uneven_batches = correct_sampling, uneven_batches
         self.shards = ClassShards(num_classes, group.world_size)
         self.stats: HeadStats | None = None
+        self._start, self._end = self.shards.bounds(group.rank)
+        self.weight = nn.Parameter(empty_rows(self._end - self._start, embedding_size, storage_dtype, device))
+        # Optimizers that round stochastically do it by global class.
+        self.weight.first_class = self._start  # type: ignore[attr-defined]
         self._warmups = margin_warmup_steps, negatives_warmup_steps
         self._engine = Engine(
             group=group,
@@ -213,17 +163,13 @@ class PartialFC(nn.Module):
             chunk_size=chunk_size,
             kernels=kernels,
             filter_gradient=filter_gradient,
-            kept=KeptProducts(logits_budget),
+            kept=KeptProducts(default_budget(self.weight.nbytes) if logits_budget is None else logits_budget),
             rows=KeptRows(),
         )
-        self._start, self._end = self.shards.bounds(group.rank)
         self._defer_checks = defer_checks
-        self._prepared: _Prepared | None = None
-        self._deferred: _DeferredCheck | None = None
+        self._prepared: Prepared | None = None
+        self._deferred: DeferredCheck | None = None
         self._open_step = 0
-        self.weight = nn.Parameter(empty_rows(self._end - self._start, embedding_size, storage_dtype, device))
-        # Optimizers that round stochastically do it by global class.
-        self.weight.first_class = self._start  # type: ignore[attr-defined]
         for name in _COUNTERS:
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device="cpu"))
         for prefix, axis in (("margin", margin), ("negatives", negatives)):
@@ -293,12 +239,12 @@ class PartialFC(nn.Module):
             bad = outside.any().to(device, non_blocking=True)
             checked = torch.where(outside, 0, unchecked)
         else:
-            self._raise_labels(unchecked, sizes)
+            raise_labels(unchecked, sizes, self.num_classes)
             checked = unchecked
         on_host, arrived = None, None
         if self._samples:
-            on_host, arrived = _to_host(checked)
-        prepared = _Prepared(labels, sizes, unchecked, _to_device(checked, device), bad, on_host, arrived, self._trains)
+            on_host, arrived = to_host(checked)
+        prepared = Prepared(labels, sizes, unchecked, to_device(checked, device), bad, on_host, arrived, self._trains)
         if arrived is None:
             self._sample(prepared)
         self._prepared = prepared
@@ -343,7 +289,7 @@ class PartialFC(nn.Module):
         sampled, deferred = prepared.sampled, prepared.bad
         if deferred is None and self._defers:
             deferred = torch.zeros((), dtype=torch.bool, device=device)
-        ids = None if sampled is None else _to_device(sampled.ids, device)
+        ids = None if sampled is None else to_device(sampled.ids, device)
         correction = None
         if sampled is not None and self.correct_sampling:
             correction = self._correction(sampled, prepared)
@@ -402,27 +348,7 @@ class PartialFC(nn.Module):
             raise ValueError(f"topk got embeddings {tuple(embeddings.shape)}, expected [b, {self.embedding_size}]")
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"topk got k={k}, expected 1 to {self.num_classes} (num_classes)")
-        group, engine, (compute_dtype, dtype) = self.group, self._engine, self._engine.dtypes(self.weight)
-        sizes = group.gather_sizes(len(embeddings), self.weight.device)
-        unit = group.gather_embeddings(unit_rows(embeddings.to(dtype))[0].to(compute_dtype), sizes).wait()
-        bad = (~torch.isfinite(unit).all(1)).nonzero()
-        if len(bad):
-            raise NonFiniteError(
-                f"topk got an embedding in {row_of(sizes, int(bad[0]))} that isn't finite, expected finite numbers"
-            )
-        best = unit.new_full((len(unit), k), -torch.inf, dtype=dtype)
-        classes = torch.full_like(best, -1, dtype=torch.int64)
-        for chunk in Walk(self.weight, None, len(unit), engine.chunk_size):
-            with torch.autocast(unit.device.type, enabled=False):
-                cosine = engine.multiply(unit, chunk.centres.T, compute_dtype)
-            cosine.mul_(inverse_norms(chunk.centres, dtype)).clamp_(-1, 1)
-            ids = torch.arange(chunk.begin, chunk.end, device=unit.device).expand(len(unit), -1) + self._start
-            best, classes = _largest(torch.cat([best, cosine], 1), torch.cat([classes, ids], 1), k)
-        best_all = group.gather_candidates(best).transpose(0, 1).flatten(1)
-        classes_all = group.gather_candidates(classes).transpose(0, 1).flatten(1)
-        best, classes = _largest(best_all, classes_all, k)
-        first = sum(sizes[: group.rank])
-        return best[first : first + len(embeddings)], classes[first : first + len(embeddings)]
+        return largest_classes(embeddings, k, self.weight, self._engine, self._start)
 
     @property
     def _trains(self) -> bool:
@@ -436,7 +362,7 @@ class PartialFC(nn.Module):
     def _samples(self) -> bool:
         return self.sampled_classes < self.num_classes
 
-    def _sample(self, prepared: _Prepared) -> None:
+    def _sample(self, prepared: Prepared) -> None:
         """Draw the classes to walk, on the host."""
         prepared.sampled = None
         if not prepared.trains or prepared.on_host is None:
@@ -451,11 +377,11 @@ class PartialFC(nn.Module):
             end=self._end,
         )
 
-    def _correction(self, sampled: SampledClasses, prepared: _Prepared) -> Correction:
+    def _correction(self, sampled: SampledClasses, prepared: Prepared) -> Correction:
         assert prepared.on_host is not None
         device = self.weight.device
         return Correction(
-            positive_P=_to_device(sampled.positive, device),
+            positive_P=to_device(sampled.positive, device),
             negatives=self.num_classes - len(prepared.on_host.unique()),
             drawn=self.sampled_classes,
             drawn_positives=torch.full((), sampled.drawn_positives, device=device),
@@ -477,16 +403,7 @@ class PartialFC(nn.Module):
             buffer = getattr(self, f"{prefix}_{name}")
             buffer.copy_(value if failed is None else torch.where(failed, buffer, value))
 
-    def _raise_labels(self, gathered: Tensor, sizes: Sequence[int]) -> None:
-        outside = ((gathered < 0) | (gathered >= self.num_classes)).nonzero()
-        if len(outside):
-            row = int(outside[0])
-            raise LabelError(
-                f"label {int(gathered[row])} in {row_of(sizes, row)} is outside [0, {self.num_classes}): expected a "
-                "class id of the head (raise num_classes, or look at the data set's labels)"
-            )
-
-    def _finish(self, step: Step, prepared: _Prepared) -> None:
+    def _finish(self, step: Step, prepared: Prepared) -> None:
         result = step.result
         assert result is not None
         counts = result.support_vectors
@@ -501,8 +418,8 @@ class PartialFC(nn.Module):
             self._keep("margin", result.margin_state, result.failed)
             self._keep("negatives", result.negatives_state, result.failed)
         if result.failed is not None and step.deferred is not None:
-            raise_labels = functools.partial(self._raise_labels, prepared.unchecked, prepared.sizes)
-            self._deferred = _DeferredCheck(step.deferred, result.failed, raise_labels)
+            report = functools.partial(raise_labels, prepared.unchecked, prepared.sizes, self.num_classes)
+            self._deferred = DeferredCheck(step.deferred, result.failed, report)
         if prepared.trains:
             # The optimizer reads this: a failed step moves no momentum and decays no weight.
             self.weight.failed_step = result.failed  # type: ignore[attr-defined]
@@ -518,30 +435,6 @@ class PartialFC(nn.Module):
             )
         self._open_step += 1
         return updater
-
-
-def _largest(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest columns of each row, ties by the lowest column, which is the lowest class."""
-    _, order = keep_largest(values, k)
-    return values.gather(1, order[:, :k]), classes.gather(1, order[:, :k])
-
-
-def _to_host(labels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The labels on the host, and what tells that they have arrived; nothing waits."""
-    if not labels.is_cuda:
-        return labels, None
-    there = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True)
-    there.copy_(labels, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return there, arrived
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the host doesn't wait."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
@@ -561,12 +454,11 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         (given["margin_warmup_steps"] >= 0, "margin_warmup_steps", "at least 0"),
         (given["negatives_warmup_steps"] >= 0, "negatives_warmup_steps", "at least 0"),
         (given["chunk_size"] is None or given["chunk_size"] >= 1, "chunk_size", "at least 1, or None"),
-        (budget >= 0, "logits_budget", "bytes, at least 0"),
+        (budget is None or budget >= 0, "logits_budget", "bytes, at least 0, or None"),
         (above is None or 0 < above < 1, "filter_gradient", "a softmax weight in (0, 1), or None"),
         (given["kernels"] in BACKENDS, "kernels", f"one of {', '.join(BACKENDS)}"),
         (given["compute_dtype"] in dtypes, "compute_dtype", "None, 'tf32', float32, bfloat16 or float16"),
         (given["storage_dtype"] in (torch.float32, torch.bfloat16), "storage_dtype", "float32 or bfloat16"),
     )
     for ok, name, expected in checks:
-        if not ok:
-            raise ConfigError(f"PartialFC: {name}={given[name]!r}, expected {expected}")
+        require(ok, "PartialFC", name, given[name], expected)

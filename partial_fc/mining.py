@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partial_fc.margins import Checked
+from partial_fc.checks import Checked
 
 
 class Mining(Checked):

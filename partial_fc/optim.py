@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_fc.errors import ConfigError
+from partial_fc.checks import require
 from partial_fc.kernels import BACKENDS, Kernels, Noise, choose_kernels
 from partial_fc.memory import empty_rows
 from partial_fc.permutation import hash64
@@ -57,11 +57,11 @@ class RowOptimizer(torch.optim.Optimizer):
         in_backward: bool,
     ) -> None:
         name = type(self).__name__
-        _require(max_value is None or max_value > 0, name, "max_value", max_value, "above 0, or None")
-        _require(max_row_norm is None or max_row_norm > 0, name, "max_row_norm", max_row_norm, "above 0, or None")
+        require(max_value is None or max_value > 0, name, "max_value", max_value, "above 0, or None")
+        require(max_row_norm is None or max_row_norm > 0, name, "max_row_norm", max_row_norm, "above 0, or None")
         floats = (None, torch.float32, torch.bfloat16)
-        _require(state_dtype in floats, name, "state_dtype", state_dtype, "None, float32 or bfloat16")
-        _require(kernels in BACKENDS, name, "kernels", kernels, f"one of {', '.join(BACKENDS)}")
+        require(state_dtype in floats, name, "state_dtype", state_dtype, "None, float32 or bfloat16")
+        require(kernels in BACKENDS, name, "kernels", kernels, f"one of {', '.join(BACKENDS)}")
         super().__init__(params, {**defaults, "max_value": max_value, "max_row_norm": max_row_norm})
         self.in_backward, self.loss_scale = in_backward, 1.0
         self._state_dtype, self._seed, self._backend = state_dtype, seed, kernels
@@ -70,7 +70,7 @@ class RowOptimizer(torch.optim.Optimizer):
             for number, group in enumerate(self.param_groups):
                 for param in group["params"]:
                     taken = hasattr(param, "row_updater")
-                    _require(not taken, name, "in_backward", True, "one a parameter: call remove() first")
+                    require(not taken, name, "in_backward", True, "one a parameter: call remove() first")
                     param.row_updater = self._updater(param, number)
 
     def _updater(self, param: Tensor, number: int) -> Callable[[slice | Tensor, Tensor, Tensor | None, Tensor], None]:
@@ -234,10 +234,10 @@ class RowSGD(RowOptimizer):
         kernels: str = "auto",
         in_backward: bool = False,
     ) -> None:
-        _require(lr >= 0, "RowSGD", "lr", lr, "at least 0")
-        _require(0 <= momentum < 1, "RowSGD", "momentum", momentum, "in [0, 1)")
-        _require(weight_decay >= 0, "RowSGD", "weight_decay", weight_decay, "at least 0")
-        _require(not nesterov or momentum > 0, "RowSGD", "nesterov", nesterov, "a momentum above 0 with it")
+        require(lr >= 0, "RowSGD", "lr", lr, "at least 0")
+        require(0 <= momentum < 1, "RowSGD", "momentum", momentum, "in [0, 1)")
+        require(weight_decay >= 0, "RowSGD", "weight_decay", weight_decay, "at least 0")
+        require(not nesterov or momentum > 0, "RowSGD", "nesterov", nesterov, "a momentum above 0 with it")
         super().__init__(
             params,
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
@@ -303,10 +303,10 @@ class RowAdamW(RowOptimizer):
         kernels: str = "auto",
         in_backward: bool = False,
     ) -> None:
-        _require(lr >= 0, "RowAdamW", "lr", lr, "at least 0")
-        _require(all(0 <= beta < 1 for beta in betas), "RowAdamW", "betas", betas, "two factors in [0, 1)")
-        _require(eps > 0, "RowAdamW", "eps", eps, "above 0")
-        _require(weight_decay >= 0, "RowAdamW", "weight_decay", weight_decay, "at least 0")
+        require(lr >= 0, "RowAdamW", "lr", lr, "at least 0")
+        require(all(0 <= beta < 1 for beta in betas), "RowAdamW", "betas", betas, "two factors in [0, 1)")
+        require(eps > 0, "RowAdamW", "eps", eps, "above 0")
+        require(weight_decay >= 0, "RowAdamW", "weight_decay", weight_decay, "at least 0")
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -347,11 +347,6 @@ def _placed(rows: slice | Tensor, *tensors: Tensor | None) -> tuple[list[Tensor 
     if isinstance(rows, slice):
         return [None if tensor is None else tensor[rows] for tensor in tensors], None
     return list(tensors), rows
-
-
-def _require(ok: bool, owner: str, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{owner}: {name}={value!r}, expected {expected}")
 
 
 @torch.no_grad()
@@ -408,8 +403,8 @@ class Schedule:
         gamma: float = 0.1,
     ) -> None:
         kinds = ("polynomial", "cosine", "step", "constant")
-        _require(kind in kinds, "Schedule", "kind", kind, f"one of {', '.join(kinds)}")
-        _require(0 <= warmup_steps < total_steps, "Schedule", "warmup_steps", warmup_steps, f"less than {total_steps}")
+        require(kind in kinds, "Schedule", "kind", kind, f"one of {', '.join(kinds)}")
+        require(0 <= warmup_steps < total_steps, "Schedule", "warmup_steps", warmup_steps, f"less than {total_steps}")
         self._kind, self._total, self._warmup = kind, total_steps, warmup_steps
         self._power, self._milestones, self._gamma = power, tuple(milestones), gamma
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from partial_fc import build, footprint, margins
+from partial_fc import build, footprint
 from partial_fc.build import Place
 from partial_fc.chunks import cpu_cache
 from partial_fc.config import Config
@@ -246,7 +246,7 @@ def plan_run(config: Config, machine: Machine, ranks: int) -> RunPlan:
         accumulate=train.accumulate,
         clips_norm=optim.head_clip_norm is not None,
         corrects=section.correct_sampling,
-        norms=getattr(margins, section.margin.name).needs_norms,
+        norms=build.MARGINS[section.margin.name].needs_norms,
         emphasizes=section.negatives.name != "Plain",
         top_k=getattr(section.negatives, "top_k", None),
         logits_budget=section.logits_budget,

@@ -14,12 +14,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "partial_fc"
 # From the bottom to the top: a file may import those before it. A folder's __init__ stands after the folder's files.
 LAYERS = """
 errors
+checks
 config_reader
 config
 permutation
 sharding
 memory
 margins
+norm_margins
 emphasis
 mining
 normalizer
@@ -43,6 +45,8 @@ optim
 loss_scale
 
 step
+labels
+topk
 forward
 backward
 autograd
@@ -94,7 +98,7 @@ READ_THE_CONFIGURATION = {"build", "train", "plan", "plan_report", "bench", "dem
 CONFIGURATION = {"config", "config_reader"}
 
 # Kernels take numbers and tensors, never objects of the loss.
-OBJECTS_OF_THE_LOSS = {"margins", "emphasis", "mining"}
+OBJECTS_OF_THE_LOSS = {"margins", "norm_margins", "emphasis", "mining"}
 
 # What a module may call while it is imported: things that only define.
 DEFINING_CALLS = {

@@ -7,13 +7,14 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from partial_fc import config as module
-from partial_fc import emphasis, margins, mining
+from partial_fc import emphasis, margins, mining, norm_margins
 from partial_fc.config import Config, Section, load_config
 from partial_fc.errors import ConfigError
 
 MINIMAL = "data: {path: faces}\ntrain: {steps: 100}\n"
 UNIONS = {
-    margins: ["NormFace", "CosFace", "ArcFace", "CombinedMargin", "SphereFace", "MagFace", "AdaFace"],
+    margins: ["NormFace", "CosFace", "ArcFace", "CombinedMargin", "SphereFace"],
+    norm_margins: ["MagFace", "AdaFace"],
     emphasis: ["Plain", "SupportVectors", "Curricular"],
     mining: ["FocalLoss", "HardMining"],
 }

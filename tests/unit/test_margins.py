@@ -9,17 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from partial_fc.errors import ConfigError
-from partial_fc.margins import (
-    AdaFace,
-    ArcFace,
-    CombinedMargin,
-    CosFace,
-    MagFace,
-    Margin,
-    NormFace,
-    SphereFace,
-    sine_floor,
-)
+from partial_fc.margins import ArcFace, CombinedMargin, CosFace, Margin, NormFace, SphereFace, sine_floor
+from partial_fc.norm_margins import AdaFace, MagFace
 from tests.oracle import ada_face_state, mag_face_penalty, margin_values
 
 STATE = {"mean": torch.tensor(20.0), "std": torch.tensor(6.0)}
