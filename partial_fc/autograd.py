@@ -30,10 +30,12 @@ class ShardedSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """W x the gradient of the embeddings ``[b, d]``, and the weight's (None where an updater took it)."""
+        # Before the saved tensors are looked at: an updated weight would be autograd's error, which says less.
+        updater = ctx.step.claim()
         weight, *saved = ctx.saved_tensors
         wants_embeddings, wants_weight, _ = ctx.needs_input_grad
         with torch.autocast(weight.device.type, enabled=False):
-            backward = Backward(loss_gradient, weight, Saved(*saved), ctx.step, wants_embeddings, wants_weight)
+            backward = Backward(loss_gradient, weight, Saved(*saved), ctx.step, wants_embeddings, wants_weight, updater)
             embedding_gradient, weight_gradient = backward.run()
         if embedding_gradient is not None:
             embedding_gradient = embedding_gradient.to(ctx.embedding_dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from partial_fc.chunks import Chunk, Walk
 from partial_fc.kernels import choose_kernels
-from partial_fc.step import Saved, Step, Storage
+from partial_fc.step import RowUpdater, Saved, Step, Storage
 
 
 class Backward:
@@ -26,26 +26,28 @@ class Backward:
         step: Step,
         wants_embeddings: bool,
         wants_weight: bool,
+        updater: RowUpdater | None,
     ) -> None:
         self._weight, self._saved, self._step = weight, saved, step
-        self._wants_embeddings, self._wants_weight = wants_embeddings, wants_weight
+        self._wants_embeddings, self._wants_weight, self._updater = wants_embeddings, wants_weight, updater
         self._compute_dtype, self._dtype = step.engine.dtypes(weight)
         batch = len(saved.unit_Bd)
         self._kernels = choose_kernels(step.engine.kernels, weight.device, self._dtype, step.walked * batch)
-        # All gradients stay near 1 until the end, so that half precision neither overflows nor vanishes.
+        # The loss's factor comes in at the end, so that half precision doesn't vanish.
         self._factor = loss_gradient.to(self._dtype) / batch
-        gathered = step.engine.rows.of(step, step.walked)
+        gathered = step.engine.rows.of(step.token, step.walked)
         self._walk = Walk(weight, step.ids, batch, step.engine.chunk_size, gathered, filled=gathered is not None)
         # A GPU writes the gradient as the next products want it; a CPU multiplies in float32 anyway.
         self._gradient_dtype = self._compute_dtype if weight.is_cuda else self._dtype
         self._storage = Storage(self._walk, batch, self._gradient_dtype, weight.device)
         self._target_B = step.target_columns()
+        self._emphasizes = step.loss.negatives.coefficients(step.loss.negatives_state) is not None
         self._row_factor_B = saved.row_weight_B * step.engine.scale
 
     def run(self) -> tuple[Tensor | None, Tensor | None]:
         """(W x the gradient of this rank's embeddings, the weight's gradient), each None where it isn't wanted."""
         step, saved, weight = self._step, self._saved, self._weight
-        updater = step.claim()
+        updater = self._updater
         gradient_Bd = torch.zeros_like(saved.unit_Bd, dtype=self._dtype)
         centres_gradient_Pd = None
         if self._wants_weight and updater is None:
@@ -95,20 +97,21 @@ class Backward:
                 chunk.centres, saved.unit_Bd.T, self._compute_dtype, self._storage.product(chunk)
             )
         gradient_QB = self._storage.with_scrap(len(product_PB))
-        peak_P = None if step.engine.filter_gradient is None else torch.empty_like(saved.inverse_norm_P[place])
-        emphasizes = step.loss.negatives.coefficients(step.loss.negatives_state) is not None
+        peak_Q = None
+        if step.engine.filter_gradient is not None:
+            peak_Q = saved.inverse_norm_P.new_empty(len(product_PB) + 1)
         self._kernels.gradient(
             product_PB,
             saved.inverse_norm_P[place],
             None if saved.offset_P is None else saved.offset_P[place],
             (self._target_B - chunk.begin).to(torch.int32),
-            saved.boundary_B if emphasizes and saved.kept_index_BK is None else None,
+            saved.boundary_B if self._emphasizes and saved.kept_index_BK is None else None,
             saved.log_normalizer_B,
             self._row_factor_B,
             saved.target_gradient_B,
             saved.numbers,
             self._storage.unless_there(product_PB),
-            peak_P,
+            None if peak_Q is None else peak_Q[:-1],
         )
         if saved.kept_index_BK is not None and saved.kept_gradient_BK is not None:
             index_BK, classes = saved.kept_index_BK - chunk.begin, len(product_PB)
@@ -116,7 +119,10 @@ class Backward:
             row_BK = torch.where(inside_BK, index_BK, classes)
             inverse_BK = saved.inverse_norm_P[place][row_BK.clamp_max(classes - 1)]
             gradient_QB.scatter_(0, row_BK.T, (saved.kept_gradient_BK * inverse_BK).T.to(gradient_QB.dtype))
-        return gradient_QB[:-1], peak_P
+            if peak_Q is not None:
+                # The kernel knows their cosines as those of ordinary negatives: they are never left out.
+                peak_Q.index_fill_(0, row_BK.flatten(), 1.0)
+        return gradient_QB[:-1], None if peak_Q is None else peak_Q[:-1]
 
     def _add_to_embeddings(self, gradient_Bd: Tensor, gradient_PB: Tensor, chunk: Chunk) -> None:
         if self._compute_dtype == self._dtype == chunk.centres.dtype and not self._step.engine.tf32:
@@ -127,17 +133,19 @@ class Backward:
     def _centre_gradient(self, chunk: Chunk, gradient_PB: Tensor, peak_P: Tensor | None, out: Tensor) -> Tensor:
         """The loss by the chunk's centres ``[p, d]``."""
         saved, engine = self._saved, self._step.engine
+        inverse_norm_P = saved.inverse_norm_P[chunk.begin : chunk.end]
         if peak_P is None:
             product_Pd = engine.multiply(gradient_PB, saved.unit_Bd, self._compute_dtype, out)
-        else:
-            assert engine.filter_gradient is not None
-            alive = (peak_P >= engine.filter_gradient).nonzero()[:, 0]
-            product_Pd = out.zero_()
-            product_Pd[alive] = engine.multiply(gradient_PB[alive], saved.unit_Bd, self._compute_dtype)
-        self._kernels.project(
-            product_Pd, chunk.centres, saved.inverse_norm_P[chunk.begin : chunk.end], self._factor, saved.failed
-        )
-        return product_Pd
+            self._kernels.project(product_Pd, chunk.centres, inverse_norm_P, self._factor, saved.failed)
+            return product_Pd
+        assert engine.filter_gradient is not None
+        alive = (peak_P >= engine.filter_gradient).nonzero()[:, 0]
+        out.zero_()
+        if len(alive):
+            product_Ad = engine.multiply(gradient_PB[alive], saved.unit_Bd, self._compute_dtype)
+            self._kernels.project(product_Ad, chunk.centres[alive], inverse_norm_P[alive], self._factor, saved.failed)
+            out.index_copy_(0, alive, product_Ad.to(out.dtype))
+        return out
 
     def _embedding_gradient(self, gradient_bd: Tensor) -> Tensor:
         """From the loss by the unit rows to W x the loss by the rows."""

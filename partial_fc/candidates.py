@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partial_fc.emphasis import Coefficients
 from partial_fc.kernels import emphasized, largest_support_vectors
 from partial_fc.normalizer import add_terms, keep_largest
-
-Coefficients = tuple[float | Tensor, float | Tensor, float | Tensor]
 
 
 @dataclass

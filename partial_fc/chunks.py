@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
 class KeptRows:
     """The rows of sampled classes, gathered by the forward, for the backward: where they are few beside the shard.
 
-    They stand in one block that is kept from step to step, and belong to the step that filled it last.
+    They stand in one block that is kept from step to step, and belong to the step (its token) that filled it last.
     """
 
     def __init__(self) -> None:

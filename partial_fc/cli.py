@@ -107,7 +107,8 @@ def demo(
 def main() -> None:
     """Entry point of ``partial-fc``."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("partial_fc").setLevel(logging.INFO)
+    # What every rank would say alike is said once.
+    logging.getLogger("partial_fc").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     app()
 
 

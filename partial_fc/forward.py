@@ -20,8 +20,9 @@ from partial_fc.chunks import Chunk, Walk, inverse_norms, unit_rows
 from partial_fc.emphasis import Coefficients
 from partial_fc.errors import NonFiniteError
 from partial_fc.kernels import choose_kernels, emphasis_slope, emphasized, pack_numbers
+from partial_fc.margins import MarginValues
 from partial_fc.normalizer import add_terms, log_normalizer, merge_sums
-from partial_fc.step import Saved, Step, StepResult, Storage, row_of
+from partial_fc.step import Saved, Step, StepResult, Storage, raise_embeddings
 
 
 def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tuple[Tensor, Saved]:
@@ -42,18 +43,14 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
     gathering = engine.group.gather_embeddings(
         _with_norms(unit_bd.to(compute_dtype), norm_b if axes.margin.needs_norms else None), step.sizes
     )
-    gathered = engine.rows.take(step, weight, step.walked) if keep and step.ids is not None else None
+    gathered = engine.rows.take(step.token, weight, step.walked) if keep and step.ids is not None else None
     walk = Walk(weight, step.ids, sum(step.sizes), engine.chunk_size, gathered)
     forward = _Walked(weight, step, walk, compute_dtype, dtype)
     forward.prepare()  # beside the gather
     unit_Bd, norm_B = _without_norms(gathering.wait(), unit_bd.shape[1], dtype)
     finite_B = torch.isfinite(unit_Bd).all(1)
-    if step.deferred is None and not finite_B.all():
-        row = int((~finite_B).nonzero()[0])
-        raise NonFiniteError(
-            f"the embedding in {row_of(step.sizes, row)} isn't finite: expected finite numbers from the backbone "
-            "(nothing was trained on this batch; lower the learning rate or look at the batch's images)"
-        )
+    if step.deferred is None:
+        raise_embeddings(finite_B, step.sizes)
     summing = engine.group.sum_target_cosines(_local_target_cosines(unit_Bd.to(dtype), weight, step, dtype))
     if keep:
         step.kept = engine.kept.take(walk, len(unit_Bd), dtype, weight.device)
@@ -72,26 +69,12 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
     numbers = pack_numbers(engine.scale, coefficients, axes.negatives.filter_above, target_cosine_B)
     normalizer = forward.run(target.boundary, numbers, coefficients, offset_P)
 
-    # l = log(1 + sum of negatives / e^{z_y}); exact for samples that are nearly certain, too.
-    excess_B = log_normalizer(normalizer.maximum_B, normalizer.total_B) - engine.scale * target.phi
-    loss_B = torch.logaddexp(excess_B, torch.zeros_like(excess_B))
-    batch = len(loss_B)
-    if axes.mining is None:
-        loss, row_weight_B = loss_B.mean(), torch.ones_like(loss_B)
-    else:
-        loss, row_weight_B = axes.mining.reduce(loss_B)
-        row_weight_B = row_weight_B * batch
-    slope_B = -engine.scale * torch.sigmoid(excess_B) * row_weight_B
-    norm_gradient_B = None if target.norm_derivative is None else slope_B * target.norm_derivative
-    penalty = None if norm_B is None else axes.margin.penalty(norm_B)
-    if penalty is not None:
-        loss = loss + penalty[0].mean()
-        norm_gradient_B = penalty[1] if norm_gradient_B is None else norm_gradient_B + penalty[1]
+    reduced = _reduce(normalizer, target, norm_B, step)
+    loss = reduced.loss
     loss, failed = _checked(loss, finite_B, step)
     step.result = StepResult(
-        target_cosine_B, normalizer.support_vectors_B, failed, dict(margin_state), dict(negatives_state)
+        target_cosine_B, normalizer.support_vectors_B, failed, finite_B, dict(margin_state), dict(negatives_state)
     )
-    log_normalizer_B = engine.scale * target.phi + loss_B
     saved = Saved(
         unit_bd=unit_bd,
         norm_b=norm_b,
@@ -100,15 +83,45 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
         offset_P=offset_P,
         boundary_B=target.boundary,
         numbers=numbers,
-        log_normalizer_B=log_normalizer_B,
-        row_weight_B=row_weight_B,
-        target_gradient_B=slope_B * target.derivative,
-        norm_gradient_B=norm_gradient_B,
+        log_normalizer_B=reduced.log_normalizer_B,
+        row_weight_B=reduced.row_weight_B,
+        target_gradient_B=reduced.target_gradient_B,
+        norm_gradient_B=reduced.norm_gradient_B,
         kept_index_BK=normalizer.kept_index_BK,
-        kept_gradient_BK=_kept_gradient(normalizer, numbers, log_normalizer_B, row_weight_B),
+        kept_gradient_BK=_kept_gradient(normalizer, numbers, reduced.log_normalizer_B, reduced.row_weight_B),
         failed=failed,
     )
     return loss, saved
+
+
+class _Reduced(NamedTuple):
+    """The loss of the batch, and what it says of each row; B x where it is a derivative."""
+
+    loss: Tensor
+    log_normalizer_B: Tensor
+    row_weight_B: Tensor
+    target_gradient_B: Tensor
+    norm_gradient_B: Tensor | None
+
+
+def _reduce(normalizer: _Normalizer, target: MarginValues, norm_B: Tensor | None, step: Step) -> _Reduced:
+    """From the merged normalizer to the loss of each row and of the batch."""
+    scale, axes = step.engine.scale, step.loss
+    # l = log(1 + sum of negatives / e^{z_y}); exact for samples that are nearly certain, too.
+    excess_B = log_normalizer(normalizer.maximum_B, normalizer.total_B) - scale * target.phi
+    loss_B = torch.logaddexp(excess_B, torch.zeros_like(excess_B))
+    if axes.mining is None:
+        loss, row_weight_B = loss_B.mean(), torch.ones_like(loss_B)
+    else:
+        loss, row_weight_B = axes.mining.reduce(loss_B)
+        row_weight_B = row_weight_B * len(loss_B)
+    slope_B = -scale * torch.sigmoid(excess_B) * row_weight_B
+    norm_gradient_B = None if target.norm_derivative is None else slope_B * target.norm_derivative
+    penalty = None if norm_B is None else axes.margin.penalty(norm_B)
+    if penalty is not None:
+        loss = loss + penalty[0].mean()
+        norm_gradient_B = penalty[1] if norm_gradient_B is None else norm_gradient_B + penalty[1]
+    return _Reduced(loss, scale * target.phi + loss_B, row_weight_B, slope_B * target.derivative, norm_gradient_B)
 
 
 def _checked(loss: Tensor, finite_B: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,7 @@ from partial_fc.mining import Mining
 from partial_fc.permutation import hash64
 from partial_fc.sampling import SampledClasses, sampled_classes
 from partial_fc.sharding import ClassShards
-from partial_fc.step import Correction, Engine, Loss, RowUpdater, Step
+from partial_fc.step import Correction, Engine, Loss, RowUpdater, Step, raise_embeddings
 from partial_fc.topk import largest_classes
 
 # Rows of a block of initial centres: a whole block is drawn, then cut to the shard, so W does not matter.
@@ -63,7 +63,8 @@ class PartialFC(nn.Module):
 
     Rank r holds the centres of classes ``[r ceil(C/W), (r+1) ceil(C/W))``. Each rank passes its own embeddings and
     labels; the loss is the mean over the global batch and the same on all ranks. All calls but the constructor are
-    collective. Chunks of classes are walked in forward and again in backward: the logits are never stored.
+    collective. Chunks of classes are walked in forward and again in backward: the logits are not stored, but for what
+    ``logits_budget`` has room for.
 
     Args:
         embedding_size: d.
@@ -87,8 +88,9 @@ class PartialFC(nn.Module):
             a thirty-second of what this rank's centres take.
         filter_gradient: a class whose softmax weight is below this for every row of the batch is left out of the
             product that makes the centres' gradient; its momentum and decay still apply. An approximation: each row
-            misses at most scale x this (x the emphasis) of its pull on such a centre. On a GPU the host waits for
-            each chunk. None: exact.
+            misses at most scale x this (x the emphasis, x the sample's weight with mining) of its pull on such a
+            centre; support vectors kept by ``top_k`` never are left out. On a GPU the host waits for each chunk.
+            None: exact.
         kernels: ``compiled``, ``triton`` (GPUs) or ``eager``; ``auto``: compiled where it works and repays its time.
         compute_dtype: what the operands of the products are rounded to (``torch.bfloat16`` or ``torch.float16``), or
             ``"tf32"`` (on GPUs); None: not rounded. Sums, norms and exponentials are float32 always (float64 after
@@ -228,9 +230,12 @@ class PartialFC(nn.Module):
         group, device = self.group, self.weight.device
         # Labels that are on the host and can be gathered there need no GPU at all.
         there = labels if labels.device.type == "cpu" and group.reaches_host else labels.to(device, non_blocking=True)
+        if there is labels:
+            # The backward reads them, and the caller may fill them anew before.
+            there = labels.clone()
         sizes = [len(labels)] * group.world_size
         if self.uneven_batches:
-            sizes = group.gather_sizes(len(labels), there.device)
+            sizes = group.gather_sizes(len(labels), torch.device("cpu") if group.reaches_host else device)
         if sum(sizes) == 0:
             raise ValueError("the global batch is empty, expected at least one row on some rank")
         unchecked = group.gather_labels(there, sizes).wait()
@@ -298,6 +303,8 @@ class PartialFC(nn.Module):
             self.step += 1
             self._open_step += 1
         serial = self._open_step
+        # Set anew: a copy of the head, or a weight that was assigned, has lost it.
+        self.weight.first_class = self._start  # type: ignore[attr-defined]
         step = Step(
             engine=self._engine,
             loss=self._loss_at(number),
@@ -418,8 +425,11 @@ class PartialFC(nn.Module):
             self._keep("margin", result.margin_state, result.failed)
             self._keep("negatives", result.negatives_state, result.failed)
         if result.failed is not None and step.deferred is not None:
-            report = functools.partial(raise_labels, prepared.unchecked, prepared.sizes, self.num_classes)
-            self._deferred = DeferredCheck(step.deferred, result.failed, report)
+            reasons = (
+                functools.partial(raise_labels, prepared.unchecked, prepared.sizes, self.num_classes),
+                functools.partial(raise_embeddings, result.finite, prepared.sizes),
+            )
+            self._deferred = DeferredCheck(step.deferred, result.failed, reasons)
         if prepared.trains:
             # The optimizer reads this: a failed step moves no momentum and decays no weight.
             self.weight.failed_step = result.failed  # type: ignore[attr-defined]
@@ -440,6 +450,13 @@ class PartialFC(nn.Module):
 def _check_arguments(given: Mapping[str, Any]) -> None:
     num_classes, sampled, rate = given["num_classes"], given["sampled_classes"], given["sample_rate"]
     budget, above = given["logits_budget"], given["filter_gradient"]
+    whole = ("embedding_size", "num_classes", "seed", "margin_warmup_steps", "negatives_warmup_steps")
+    for name in (*whole, "sampled_classes", "chunk_size", "logits_budget"):
+        value = given[name]
+        right = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and name not in whole)
+        require(right, "PartialFC", name, value, "a whole number" + ("" if name in whole else ", or None"))
+    for name in ("scale", "sample_rate"):
+        require(isinstance(given[name], float | int), "PartialFC", name, given[name], "a number")
     dtypes = (None, "tf32", torch.float32, torch.bfloat16, torch.float16)
     checks = (
         (given["embedding_size"] >= 1, "embedding_size", "at least 1"),
@@ -451,6 +468,11 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         (0 < rate <= 1, "sample_rate", "a share in (0, 1]"),
         (sampled is None or 1 <= sampled <= num_classes, "sampled_classes", f"1 to {num_classes} (num_classes)"),
         (sampled is None or rate == 1, "sampled_classes", f"None beside sample_rate={rate}: give one of them"),
+        (
+            not given["correct_sampling"] or (round(rate * num_classes) if sampled is None else sampled) < num_classes,
+            "correct_sampling",
+            "False where all classes are used",
+        ),
         (given["margin_warmup_steps"] >= 0, "margin_warmup_steps", "at least 0"),
         (given["negatives_warmup_steps"] >= 0, "negatives_warmup_steps", "at least 0"),
         (given["chunk_size"] is None or given["chunk_size"] >= 1, "chunk_size", "at least 1, or None"),

@@ -41,14 +41,20 @@ class Prepared:
 
 
 class DeferredCheck:
-    """A failure that the device found, to be read without stalling it: flags are copied while it works on."""
+    """A failure that the device found, to be read without stalling it: flags are copied while it works on.
 
-    def __init__(self, bad_labels: Tensor, failed: Tensor, raise_labels: Callable[[], None]) -> None:
+    Args:
+        bad_labels: 0-dim bool.
+        failed: 0-dim bool.
+        reasons: what to look at after a failure; each raises where it finds the reason.
+    """
+
+    def __init__(self, bad_labels: Tensor, failed: Tensor, reasons: Sequence[Callable[[], None]]) -> None:
         flags = torch.stack([bad_labels, failed])
-        self._raise_labels = raise_labels
+        self._reasons = reasons
         self._copied = None
         if flags.is_cuda:
-            self._flags = torch.empty(2, dtype=torch.bool, pin_memory=True)
+            self._flags = torch.empty(2, dtype=torch.bool, device="cpu", pin_memory=True)
             self._flags.copy_(flags, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -59,13 +65,12 @@ class DeferredCheck:
         """Wait until the flags are there, and raise."""
         if self._copied is not None:
             self._copied.synchronize()
-        bad_labels, failed = self._flags.tolist()
-        if bad_labels:
-            self._raise_labels()
-        if failed:
+        if any(self._flags.tolist()):
+            for look in self._reasons:
+                look()
             raise NonFiniteError(
-                "an embedding or the loss of the last step isn't finite: expected finite numbers "
-                "(nothing was trained on this batch; lower the learning rate or look at the batch's images)"
+                "the loss of the last step isn't finite although all embeddings are: expected finite class centres "
+                "(nothing was trained on this batch; go back to an earlier saved model)"
             )
 
 
@@ -84,7 +89,7 @@ def to_host(labels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The labels on the host, and what tells that they have arrived; nothing waits."""
     if not labels.is_cuda:
         return labels, None
-    there = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True)
+    there = torch.empty(labels.shape, dtype=labels.dtype, device="cpu", pin_memory=True)
     there.copy_(labels, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()

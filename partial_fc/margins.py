@@ -118,7 +118,7 @@ class Margin(Checked):
             cosine: target cosines ``[B]`` (global, float32 or float64) in [-1, 1].
             norms: norms of the embeddings ``[B]`` (global), before they are made unit vectors.
             state: what :meth:`advance` gave for this step, or the saved state where nothing is trained.
-            step: optimizer steps done so far.
+            step: training steps done so far (the head counts its training forwards; a trainer may set them).
 
         Raises:
             TypeError: where norms or state are missing and this margin reads them.

@@ -104,7 +104,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``, which would give each state tensor the parameter's dtype."""
+        """As ``torch.optim.Optimizer``, but what has the parameter's shape gets ``state_dtype``, all else stays."""
         super().load_state_dict(state_dict)
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in enumerate(params):
@@ -112,7 +112,8 @@ class RowOptimizer(torch.optim.Optimizer):
             for name, value in saved.items():
                 if isinstance(value, Tensor):
                     device = "cpu" if name == "rounded" else param.device
-                    self.state[param][name] = value.detach().clone().to(device)
+                    dtype = (self._state_dtype or param.dtype) if value.shape == param.shape else value.dtype
+                    self.state[param][name] = value.detach().to(device, dtype, copy=True)
 
     def _apply_gradient(self, param: Tensor, group: dict[str, Any], gradient: Tensor) -> None:
         failed = getattr(param, "failed_step", None)
@@ -180,7 +181,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if key not in self._packed:
             if len(self._packed) > 8:
                 self._packed.clear()
-            host = torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda)
+            host = torch.tensor(numbers, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
             self._packed[key] = host.to(like.device, non_blocking=True)
         return self._packed[key]
 
@@ -190,9 +191,10 @@ class RowOptimizer(torch.optim.Optimizer):
             return None
         state = self.state[param]
         if "rounded" not in state:
-            state["rounded"] = torch.zeros((), dtype=torch.int64)
+            state["rounded"] = torch.zeros((), dtype=torch.int64, device="cpu")
         key = hash64(_ROUNDING_STREAM, self._seed, int(state["rounded"])) & 0xFFFFFFFF
-        signed = torch.tensor([key - (1 << 32) if key >> 31 else key], dtype=torch.int32, pin_memory=param.is_cuda)
+        key = key - (1 << 32) if key >> 31 else key
+        signed = torch.tensor([key], dtype=torch.int32, device="cpu", pin_memory=param.is_cuda)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=param.device)
         classes = (rows + getattr(param, "first_class", 0)).to(torch.int32)

@@ -17,6 +17,7 @@ from torch import Tensor
 from partial_fc.chunks import Chunk, KeptProducts, KeptRows, Walk
 from partial_fc.collectives import HeadGroup
 from partial_fc.emphasis import Negatives
+from partial_fc.errors import NonFiniteError
 from partial_fc.kernels import multiply
 from partial_fc.margins import Margin
 from partial_fc.mining import Mining
@@ -81,6 +82,7 @@ class StepResult(NamedTuple):
         target_cosine: c ``[B]``.
         support_vectors: how many negatives of each sample are raised ``[B]``; None for :class:`Plain`.
         failed: 0-dim bool: the step holds a value that isn't finite; None where that was checked at once.
+        finite: whether each row's embedding is ``[B]``.
         margin_state: the margin's state after the step.
         negatives_state: the emphasis' state after the step.
     """
@@ -88,6 +90,7 @@ class StepResult(NamedTuple):
     target_cosine: Tensor
     support_vectors: Tensor | None
     failed: Tensor | None
+    finite: Tensor
     margin_state: Mapping[str, Tensor]
     negatives_state: Mapping[str, Tensor]
 
@@ -111,6 +114,7 @@ class Step:
         claim: called at the start of backward; returns the row updater, or None to return a gradient.
         result: set by the forward.
         kept: products that the forward kept, chunk by chunk from the first; emptied by the backward.
+        token: stands for the step where holding the step itself would keep all of it alive.
     """
 
     engine: Engine
@@ -127,6 +131,7 @@ class Step:
     claim: Callable[[], RowUpdater | None]
     result: StepResult | None = field(default=None, init=False)
     kept: list[Tensor | None] = field(default_factory=list, init=False)
+    token: object = field(default_factory=object, init=False)
 
     @property
     def walked(self) -> int:
@@ -172,6 +177,16 @@ def row_of(sizes: Sequence[int], index: int) -> str:
         index -= sizes[rank]
         rank += 1
     return f"row {index} of rank {rank}"
+
+
+def raise_embeddings(finite_B: Tensor, sizes: Sequence[int]) -> None:
+    """Raise a NonFiniteError that names the first row whose embedding isn't finite, where there is one."""
+    rows = (~finite_B).nonzero()
+    if len(rows):
+        raise NonFiniteError(
+            f"the embedding in {row_of(sizes, int(rows[0]))} isn't finite: expected finite numbers from the backbone "
+            "(nothing was trained on this batch; lower the learning rate or look at the batch's images)"
+        )
 
 
 class Saved(NamedTuple):

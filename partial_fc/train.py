@@ -157,6 +157,9 @@ class Trainer:
 
     def __init__(self, config: Config, place: Place) -> None:
         self.config, self.place = config, place
+        if config.train.precision == "tf32" and place.device.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
         self.precision = agreed(lambda: build.choose_precision(config, place.device))
         reader = agreed(lambda: build.build_reader(config))
         num_classes = agreed(lambda: reader.num_classes)

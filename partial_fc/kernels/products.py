@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_LARGEST_HALF = 65504.0
 
 
 def multiply(
@@ -24,6 +25,9 @@ def multiply(
             return a new one for products in half precision.
         tf32: let a GPU round float32 operands to TF32.
     """
+    if dtype == torch.float16:
+        # A gradient is divided by its centre's norm, which may be tiny: the largest number instead of infinity.
+        left = left.clamp(-_LARGEST_HALF, _LARGEST_HALF)
     left, right = left.to(dtype), right.to(dtype)
     if dtype in _LOW_PRECISION:
         if left.is_cuda:
@@ -36,9 +40,10 @@ def multiply(
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    # Not allow_tf32: reading that raises once somebody has set fp32_precision.
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before

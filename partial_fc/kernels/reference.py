@@ -48,7 +48,9 @@ def pack_numbers(
     q, a, b = coefficients or (0.0, 1.0, 0.0)
     numbers = [scale, q, a, b, torch.inf if filter_above is None else filter_above]
     known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
-    packed = torch.tensor(known, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
+    packed = torch.tensor(known, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda).to(
+        like.device, non_blocking=True
+    )
     for place, number in enumerate(numbers):
         if isinstance(number, Tensor):
             packed[place].copy_(number)
@@ -141,7 +143,8 @@ def gradient(
         row_factor_B: factor of each row's gradient, s times its weight in the loss.
         target_gradient_B: the loss by c_iy, the row's weight included.
         numbers: :func:`pack_numbers`.
-        gradient_PB: where to write, of any float dtype; it must not overlap the products. None: in their place.
+        gradient_PB: where to write, of any float dtype (float16: clamped to its range), not overlapping the products.
+            None: in their place.
         peak_P: the largest p_ij of each class is written there (1 for a target's class); None: it isn't asked for.
     """
     number = Numbers(*numbers.unbind())
@@ -164,6 +167,9 @@ def gradient(
         peak_P.copy_(torch.where(target_PB, 1.0, share_PB).amax(1))
     result_PB = torch.where(target_PB, target_gradient_B, result_PB) * inverse_norm_P[:, None]
     out_PB = product_PB if gradient_PB is None else gradient_PB
+    if out_PB.dtype == torch.float16:
+        # Of a centre of tiny norm: the largest number instead of infinity.
+        result_PB = result_PB.clamp(-65504, 65504)
     out_PB.copy_(result_PB)
 
 

@@ -301,6 +301,8 @@ def _write_gradient(
         at_target = tl.load(target_gradient_B + row_B, mask=inside_B, other=0.0)
         result_PB = tl.where(target_PB, at_target[None, :], result_PB) * inverse_P[:, None]
         place_PB = class_P[:, None].to(tl.int64) * gradient_stride + row_B[None, :]
+        if gradient_PB.dtype.element_ty == tl.float16:
+            result_PB = tl.where(result_PB > 65504.0, 65504.0, tl.where(result_PB < -65504.0, -65504.0, result_PB))
         tl.store(gradient_PB + place_PB, result_PB.to(gradient_PB.dtype.element_ty), mask=inside_PB)
         if peak_P is not None:
             share_PB = tl.where(target_PB, 1.0, share_PB)

@@ -126,11 +126,11 @@ def round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
     """Float32 rounded to bfloat16 up or down, with probabilities that make the mean exact.
 
     Args:
-        value: float32.
+        value: float32 (float64 is rounded to that first).
         bits: int32 of the same shape, its low 16 bits uniform.
     """
     # The low half of the pattern is what bfloat16 drops: added noise carries into the high half as often as it should.
-    pattern = value.view(torch.int32) + (bits & 0xFFFF)
+    pattern = value.float().view(torch.int32) + (bits & 0xFFFF)
     return (pattern & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 

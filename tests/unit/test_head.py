@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -159,6 +161,11 @@ def test_bad_input(call: Any, error: type[Exception], match: str) -> None:
         ({"sampled_classes": 11}, "sampled_classes=11, expected 1 to 10"),
         ({"sampled_classes": 5, "sample_rate": 0.5}, "sampled_classes=5, expected None beside sample_rate=0.5"),
         ({"logits_budget": -1}, "logits_budget=-1"),
+        ({"logits_budget": 1e6}, "logits_budget=1000000.0, expected a whole number, or None"),
+        ({"seed": 1.5}, "seed=1.5, expected a whole number"),
+        ({"chunk_size": 2.5}, "chunk_size=2.5, expected a whole number"),
+        ({"scale": "64"}, "scale='64', expected a number"),
+        ({"correct_sampling": True}, "correct_sampling=True, expected False where all classes are used"),
         ({"filter_gradient": 0.0}, "filter_gradient=0.0"),
         ({"kernels": "fast"}, "kernels='fast'"),
         ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
@@ -404,3 +411,43 @@ def test_products_may_come_in_memory_of_their_own(monkeypatch: pytest.MonkeyPatc
     for extra, right in zip(variants, expected, strict=True):
         for one, other in zip(two_heads(extra, extra, **options)[0], right, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_filtered_gradients_are_near_for_every_emphasis(negatives: Any, rate: float) -> None:
+    exact, filtered = two_heads({}, {"filter_gradient": 1e-4}, negatives=negatives, sample_rate=rate)
+    assert (filtered[2] - exact[2]).norm() <= 1e-3 * exact[2].norm()
+    assert torch.equal(filtered[1], exact[1])
+
+
+def test_labels_may_be_filled_anew_before_the_backward() -> None:
+    head, labels = pfc.PartialFC(4, 50, sample_rate=0.5), torch.tensor([1, 2, 3])
+    embeddings = torch.randn(3, 4, requires_grad=True)
+    loss = head(embeddings, labels)
+    (right,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
+    labels.fill_(7)
+    (again,) = torch.autograd.grad(loss, embeddings)
+    assert torch.equal(again, right)
+
+
+def test_a_trained_head_is_pickled_and_freed() -> None:
+    head = pfc.PartialFC(4, 400, sampled_classes=20)
+    head(torch.randn(3, 4, requires_grad=True), torch.tensor([1, 2, 3])).backward()
+    other = pickle.loads(pickle.dumps(head))
+    assert torch.equal(other.weight, head.weight) and int(other.position) == 3
+    gone = weakref.ref(head)
+    del head
+    assert gone() is None
+
+
+def test_half_precision_products_stay_finite_for_tiny_centres() -> None:
+    torch.manual_seed(0)
+    head = pfc.PartialFC(16, 50, compute_dtype=torch.float16)
+    with torch.no_grad():
+        head.weight.mul_(1e-3)
+        head.weight[7] = 0
+    embeddings = torch.randn(8, 16, requires_grad=True)
+    head(embeddings, torch.arange(8)).backward()
+    assert embeddings.grad is not None and embeddings.grad.isfinite().all()
+    assert head.weight.grad is not None and head.weight.grad.isfinite().all()

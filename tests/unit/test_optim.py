@@ -222,6 +222,27 @@ def test_bfloat16_rounding_follows_the_saved_state(optimizer: Any, options: dict
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_loaded_state_takes_the_dtype_that_is_configured() -> None:
+    def make(state_dtype: Any) -> tuple[pfc.PartialFC, RowSGD]:
+        head = pfc.PartialFC(8, 50)
+        return head, RowSGD(head.parameters(), lr=0.1, momentum=0.9, state_dtype=state_dtype, in_backward=True)
+
+    head, narrow = make(torch.bfloat16)
+    head(torch.randn(9, 8, requires_grad=True), torch.arange(9)).backward()
+    other, wide = make(None)
+    wide.load_state_dict(narrow.state_dict())
+    buffer = wide.state[other.weight]["momentum_buffer"]
+    assert buffer.dtype == torch.float32
+    assert torch.equal(buffer, narrow.state[head.weight]["momentum_buffer"].float())
+
+
+def test_float64_rows_with_bfloat16_state() -> None:
+    head = pfc.PartialFC(8, 50).double()
+    optimizer = RowSGD(head.parameters(), lr=0.1, momentum=0.9, state_dtype=torch.bfloat16, in_backward=True)
+    head(torch.randn(9, 8, requires_grad=True), torch.arange(9)).backward()
+    assert optimizer.state[head.weight]["momentum_buffer"].dtype == torch.bfloat16
+
+
 def test_norm_over_shards_is_clipped() -> None:
     param = torch.nn.Parameter(torch.zeros(2, 2))
     param.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[3.0, 0.0]]), (2, 2))
