@@ -38,8 +38,8 @@ class Backward:
         gathered = step.engine.rows.of(step.token, step.walked)
         self._walk = Walk(weight, step.ids, batch, step.engine.chunk_size, gathered, filled=gathered is not None)
         # A GPU writes the gradient as the next products want it; a CPU multiplies in float32 anyway.
-        self._gradient_dtype = self._compute_dtype if weight.is_cuda else self._dtype
-        self._storage = Storage(self._walk, batch, self._gradient_dtype, weight.device)
+        gradient_dtype = self._compute_dtype if weight.is_cuda else self._dtype
+        self._storage = Storage(self._walk, batch, gradient_dtype, weight.device)
         self._target_B = step.target_columns()
         self._emphasizes = step.loss.negatives.coefficients(step.loss.negatives_state) is not None
         self._row_factor_B = saved.row_weight_B * step.engine.scale

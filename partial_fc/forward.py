@@ -70,8 +70,7 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
     normalizer = forward.run(target.boundary, numbers, coefficients, offset_P)
 
     reduced = _reduce(normalizer, target, norm_B, step)
-    loss = reduced.loss
-    loss, failed = _checked(loss, finite_B, step)
+    loss, failed = _checked(reduced.loss, finite_B, step)
     step.result = StepResult(
         target_cosine_B, normalizer.support_vectors_B, failed, finite_B, dict(margin_state), dict(negatives_state)
     )

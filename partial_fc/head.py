@@ -154,8 +154,6 @@ class PartialFC(nn.Module):
         self.stats: HeadStats | None = None
         self._start, self._end = self.shards.bounds(group.rank)
         self.weight = nn.Parameter(empty_rows(self._end - self._start, embedding_size, storage_dtype, device))
-        # Optimizers that round stochastically do it by global class.
-        self.weight.first_class = self._start  # type: ignore[attr-defined]
         self._warmups = margin_warmup_steps, negatives_warmup_steps
         self._engine = Engine(
             group=group,
@@ -202,7 +200,6 @@ class PartialFC(nn.Module):
         # Reading these must never wait for a device.
         for name, value in counters.items():
             setattr(self, name, value)
-        self.weight.first_class = self._start  # type: ignore[attr-defined]
         return self
 
     def extra_repr(self) -> str:
@@ -303,7 +300,7 @@ class PartialFC(nn.Module):
             self.step += 1
             self._open_step += 1
         serial = self._open_step
-        # Set anew: a copy of the head, or a weight that was assigned, has lost it.
+        # Optimizers that round stochastically do it by global class. Set at each step: copies of a weight lose it.
         self.weight.first_class = self._start  # type: ignore[attr-defined]
         step = Step(
             engine=self._engine,
