@@ -55,13 +55,26 @@ head
 partial_fc
 
 data.order
+data.files
+data.table
 data.readers
+data.recordio
+data.tar
+data.tfrecord
+data.folder
 data.archives
+data.sources
 data.augment
 data.decode
+data.transforms
+data.faults
 data.stream
+data.pipeline
 data.dali
+data.writers
 data.prepare
+data.validate
+data.contact_sheet
 data.faces
 data.synthetic
 data

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from partial_fc.data.faces import Painter
-from partial_fc.data.prepare import RecordWriter, commit_file
+from partial_fc.data.writers import RecordWriter, commit_file
 from partial_fc.errors import ConfigError, DataError
 from partial_fc.permutation import KeyedPermutation, hash64
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partial_fc.data.prepare import RecordWriter, frame_record
+from partial_fc.data.writers import RecordWriter, frame_record
 from partial_fc.errors import DataError
 
 MAGIC = 0xCED7230A
@@ -172,7 +172,7 @@ def test_a_new_set_replaces_an_older_one(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
     script = f"""
         import os, signal
-        from partial_fc.data.prepare import RecordWriter
+        from partial_fc.data.writers import RecordWriter
         writer = RecordWriter({str(tmp_path)!r})
         for label in range(1000):
             writer.write(b"x" * 1000, label)
