@@ -23,6 +23,8 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 6
 _MIN_BITS = 8
+# Groups up to this size are permuted by sorting.
+_SORTED = 64
 
 # A NumPy int64 or uint32 array, or a torch int64 tensor.
 IntArray = TypeVar("IntArray", bound=Any)
@@ -100,6 +102,42 @@ def random_unit(key: int, streams: int, index: np.ndarray) -> np.ndarray:
     columns = np.arange(streams, dtype=np.int64)
     base = mix32(mix32(index[:, None] ^ low_key) + mix32((index[:, None] >> 32) ^ high_key))
     return mix32(base + mix32(columns * 0x9E3779B1 + high_key)) / 2.0**32
+
+
+def draw_in_turn(key: int, group: np.ndarray, size: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """Draw from groups, each in turns: draw d from a group of n is element ``perm(key, group, d // n)[d % n]``.
+
+    Args:
+        key: any integer.
+        group: int64 array ``[m]``, number of the group.
+        size: int64 array ``[m]``, n of the group, 1 to 2**62.
+        draw: int64 array ``[m]``, d, from 0.
+
+    Returns:
+        int64 array ``[m]``, values in ``[0, n)``.
+    """
+    turn, index = np.divmod(draw, size)
+    # A key for each (group, turn).
+    keys = hash64_each(key, last=group) + hash64_each(key, 1, last=turn)
+    keys = ((keys ^ (keys >> 29)) * 0xBF58476D1CE4E5B9) & _MASK64
+    keys = (keys >> 32).astype(np.int64)
+    result = np.zeros_like(index)
+    small = (size > 1) & (size <= _SORTED)
+    if small.any():
+        # Walking cycles takes long where a group fills a small part of the power of two: its elements are sorted by
+        # random numbers instead.
+        width = int(size[small].max())
+        noise = mix32(mix32(np.arange(width) * 0x9E3779B1) ^ keys[small, None])
+        noise[np.arange(width) >= size[small, None]] = 1 << 32
+        result[small] = np.argsort(noise, axis=1, kind="stable")[np.arange(len(noise)), index[small]]
+    bits = np.where(size > _SORTED, np.frexp((size - 1).astype(np.float64))[1], 0)
+    for number in np.unique(bits[bits > 0]).tolist():
+        rows = np.flatnonzero(bits == number)
+        image = permute_bits(index[rows], number, keys[rows])
+        while (outside := np.flatnonzero(image >= size[rows])).size:
+            image[outside] = permute_bits(image[outside], number, keys[rows[outside]])
+        result[rows] = image
+    return result
 
 
 class KeyedPermutation:

@@ -1,42 +1,55 @@
 """Which sample stands at which position of the endless training stream, and which positions a rank takes.
 
-Position p is sample ``perm(seed, p // N)[p % N]`` of N, with a keyed permutation evaluated per index: nothing is stored
-or shuffled, an epoch holds every sample exactly once, and resuming needs one integer. The world size has no part in it.
+An order is a function of (seed, position): nothing is shuffled, resuming needs one integer, and the world size and the
+batch size have no part in it. Position p lies in pass ``p // L`` of the order's length L.
+
+=================== ==================================================== ==========================================
+order               a pass                                               what it stores
+=================== ==================================================== ==========================================
+``SampleOrder``     every sample once, by ``perm(seed, pass)[p % N]``    nothing, for 10^9 samples too
+``WeightedOrder``   every source as often as its weight says             a few numbers a source
+``BalancedOrder``   every class as often as its size to the power 1 - b  where each class's samples are
+``IdentityOrder``   every class once, K of its samples in a row          where each class's samples are
+=================== ==================================================== ==========================================
+
+The samples of a class or source of n are drawn in turn: of any n draws in a row that begin at a multiple of n each
+takes another sample, in an order that changes from turn to turn.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import numpy as np
 
-from partial_fc.errors import ConfigError
-from partial_fc.permutation import KeyedPermutation, hash64
+from partial_fc.errors import ConfigError, DataError
+from partial_fc.permutation import KeyedPermutation, draw_in_turn, hash64
 
 # Keeps this stream of keys apart from the others that are made from the same seed.
 _STREAM_TAG = 0x0DE5
+_TURN_TAG = 0x7042
 
 
-class SampleOrder:
-    """The order of the endless sample stream: a function of (seed, position).
+class Order(ABC):
+    """The order of the endless sample stream.
 
-    Args:
+    Attributes:
         num_samples: N, samples in the data set.
+        length: L, positions of a pass: an epoch of ``train.epochs``.
         seed: any integer.
-
-    Raises:
-        ConfigError: ``num_samples`` is less than 1.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, length: int, seed: int) -> None:
         if num_samples < 1:
             raise ConfigError(f"an order needs 1 sample or more, got num_samples={num_samples}: check data.path")
-        self.num_samples = num_samples
-        self.seed = seed
+        self.num_samples, self.length, self.seed = num_samples, length, seed
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """Samples at these positions.
 
         Args:
-            positions: int64 array ``[n]``, values from 0; they may span any number of epochs.
+            positions: int64 array ``[n]``, values from 0; they may span any number of passes.
 
         Returns:
             int64 array ``[n]``, values in ``[0, num_samples)``.
@@ -47,13 +60,185 @@ class SampleOrder:
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and positions.min() < 0:
             raise ConfigError(f"a position of the sample stream is 0 or more, got {positions.min()}")
-        epochs, index = np.divmod(positions, self.num_samples)
-        ids = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            rows = epochs == epoch
-            permutation = KeyedPermutation(self.num_samples, hash64(self.seed, _STREAM_TAG, epoch))
-            ids[rows] = permutation(index[rows])
-        return ids
+        return self._sample_ids(positions)
+
+    @abstractmethod
+    def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        """As :meth:`sample_ids`, of checked positions."""
+
+    def _shuffled(self, index: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Passes over ``range(count)`` in an order of their own each: pass and element of each index."""
+        passes, within = np.divmod(index, count)
+        elements = np.empty_like(within)
+        for number in np.unique(passes).tolist():
+            rows = passes == number
+            elements[rows] = KeyedPermutation(count, hash64(self.seed, _STREAM_TAG, number))(within[rows])
+        return passes, elements
+
+
+class SampleOrder(Order):
+    """Every sample exactly once a pass: sample ``perm(seed, p // N)[p % N]`` of N at position p.
+
+    Args:
+        num_samples: N.
+        seed: any integer.
+
+    Raises:
+        ConfigError: ``num_samples`` is less than 1.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        super().__init__(num_samples, num_samples, seed)
+
+    def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        return self._shuffled(positions, self.num_samples)[1]
+
+
+class WeightedOrder(Order):
+    """Sources one behind the other, each with a weight: in a pass a source of n samples has ``round(weight n)`` turns.
+
+    A weight of 2 shows every sample of the source twice a pass, 0.5 half of them, the other half in the next pass. With
+    weights of 1 it's :class:`SampleOrder`.
+
+    Args:
+        sizes: samples of each source.
+        weights: of each source, above 0.
+        seed: any integer.
+
+    Raises:
+        ConfigError: a size or weight is out of range.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        for size, weight in zip(sizes, weights, strict=True):
+            if size < 1 or not 0 < weight <= 1e6:
+                raise ConfigError(
+                    f"a source has 1 sample or more and a weight above 0 (at most 1e6), got {size} samples, "
+                    f"weight {weight}: check data.weight and data.more"
+                )
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._draws = np.maximum(1, np.rint(self._sizes * np.array(weights))).astype(np.int64)
+        self._starts = _starts(self._sizes)
+        self._draw_starts = _starts(self._draws)
+        super().__init__(int(self._sizes.sum()), int(self._draws.sum()), seed)
+
+    def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        passes, element = self._shuffled(positions, self.length)
+        source = np.searchsorted(self._draw_starts, element, side="right") - 1
+        size, draw = self._sizes[source], element - self._draw_starts[source]
+        # Whole rounds take the samples as they come: the permutation above has mixed them. The rest of a round is
+        # drawn in turn, or the same samples would be left out in every pass.
+        rest = self._draws[source] % size
+        of_rest = draw - (self._draws[source] - rest)
+        index = draw % size
+        rows = of_rest >= 0
+        index[rows] = draw_in_turn(
+            hash64(self.seed, _TURN_TAG), source[rows], size[rows], passes[rows] * rest[rows] + of_rest[rows]
+        )
+        return self._starts[source] + index
+
+
+class ClassIndex:
+    """Where the samples of each class are.
+
+    Args:
+        labels: int64 ``[N]``, class of each sample; negative: it belongs to none.
+
+    Attributes:
+        classes: int64 ``[G]``, the classes that have samples, ascending.
+        counts: int64 ``[G]``, how many each has.
+        num_samples: N.
+
+    Raises:
+        DataError: no sample has a class.
+    """
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.num_samples = len(labels)
+        # Files of this field are sorted by class, as a rule; then nothing need be stored.
+        self._by_class = None
+        if len(labels) and (labels[0] < 0 or np.any(labels[1:] < labels[:-1])):
+            by_class = np.argsort(labels, kind="stable")
+            unusable = int(np.count_nonzero(labels < 0))
+            self._by_class = by_class[unusable:].astype(np.uint32 if len(labels) <= 1 << 32 else np.int64)
+            labels = labels[self._by_class]
+        if not len(labels):
+            raise DataError("no sample of the data set has a class: look at it with 'partial-fc validate'")
+        first = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]]))
+        self.classes = labels[first]
+        self.counts = np.diff(np.append(first, len(labels)))
+        self._starts = first
+
+    def samples(self, group: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Sample ``index`` of the class ``classes[group]``, elementwise; int64."""
+        place = self._starts[group] + index
+        return place if self._by_class is None else self._by_class[place].astype(np.int64)
+
+
+class BalancedOrder(Order):
+    """Classes more evenly than they are: a pass has ``n_c ** (1 - balance)`` turns of a class of n_c, up to a factor.
+
+    The factor makes a pass about as long as the data set has samples; every class has one turn or more. Over the passes
+    the samples of a class are drawn in turn.
+
+    Args:
+        classes: where the samples of each class are.
+        seed: any integer.
+        balance: b, 0 (each sample once a pass) to 1 (each class equally often).
+
+    Raises:
+        ConfigError: ``balance`` is out of range.
+    """
+
+    def __init__(self, classes: ClassIndex, seed: int, balance: float = 1.0) -> None:
+        if not 0 <= balance <= 1:
+            raise ConfigError(f"data.balance must be from 0 to 1, got {balance}")
+        turns = classes.counts ** (1 - balance)
+        turns *= classes.counts.sum() / turns.sum()
+        self._turns = np.maximum(1, np.rint(turns)).astype(np.int64)
+        self._turn_starts = _starts(self._turns)
+        self._classes = classes
+        super().__init__(classes.num_samples, int(self._turns.sum()), seed)
+
+    def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        passes, element = self._shuffled(positions, self.length)
+        group = np.searchsorted(self._turn_starts, element, side="right") - 1
+        draw = passes * self._turns[group] + (element - self._turn_starts[group])
+        return self._classes.samples(
+            group, draw_in_turn(hash64(self.seed, _TURN_TAG), group, self._classes.counts[group], draw)
+        )
+
+
+class IdentityOrder(Order):
+    """K samples of a class in a row, classes in a new order each pass: a batch of P K positions holds P identities.
+
+    In a pass every class comes once, so the identities of a batch are different; only in a batch that spans two
+    passes one may come twice. The K samples are different where the class has K, and are repeated where it has fewer.
+
+    Args:
+        classes: where the samples of each class are.
+        seed: any integer.
+        images: K.
+
+    Raises:
+        ConfigError: K is less than 1.
+    """
+
+    def __init__(self, classes: ClassIndex, seed: int, images: int = 4) -> None:
+        if images < 1:
+            raise ConfigError(f"data.images_per_identity must be 1 or more, got {images}")
+        self._classes, self._images = classes, images
+        super().__init__(classes.num_samples, len(classes.counts) * images, seed)
+
+    def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        visits, image = np.divmod(positions, self._images)
+        visit, group = self._shuffled(visits, len(self._classes.counts))
+        count = self._classes.counts[group]
+        # A turn holds whole visits only, so that no sample comes twice in one; which ones are left out changes.
+        in_turn = np.maximum(1, count // self._images)
+        turn, number = np.divmod(visit, in_turn)
+        draw = turn * count + (number * self._images + image) % count
+        return self._classes.samples(group, draw_in_turn(hash64(self.seed, _TURN_TAG), group, count, draw))
 
 
 def local_positions(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
@@ -82,3 +267,8 @@ def local_positions(start: int, batch_size: int, rank: int, world_size: int) -> 
         raise ConfigError(f"a position of the sample stream is 0 or more, got {start}")
     first, last = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
     return np.arange(start + first, start + last, dtype=np.int64)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins when they stand one behind the other; int64."""
+    return np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)

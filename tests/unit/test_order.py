@@ -3,11 +3,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from partial_fc.data.order import SampleOrder, local_positions
-from partial_fc.errors import ConfigError
+from partial_fc.data.order import (
+    BalancedOrder,
+    ClassIndex,
+    IdentityOrder,
+    Order,
+    SampleOrder,
+    WeightedOrder,
+    local_positions,
+)
+from partial_fc.errors import ConfigError, DataError
+
+# Classes of very different sizes, not sorted; sample 5 and class 4 can't be used.
+LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 3, 5, 6, 7], [1, 2, 3, 20, 5, 70, 9]))
+LABELS[5] = -1
 
 
-def walk(order: SampleOrder, batch_size: int, world_size: int, steps: int, start: int = 0) -> list[np.ndarray]:
+def walk(order: Order, batch_size: int, world_size: int, steps: int, start: int = 0) -> list[np.ndarray]:
     """The global batches, as the ranks' parts joined in rank order."""
     batches = []
     for step in range(steps):
@@ -72,3 +84,165 @@ def test_wrong_arguments_are_refused() -> None:
         SampleOrder(10, 0).sample_ids(np.array([3, -7]))
     with pytest.raises(ConfigError, match="num_samples=0"):
         SampleOrder(0, 0)
+
+
+def every_order(seed: int = 1) -> list[Order]:
+    classes = ClassIndex(LABELS)
+    return [
+        SampleOrder(len(LABELS), seed),
+        WeightedOrder([10, 70, 30], [2.0, 0.3, 1.5], seed),
+        BalancedOrder(classes, seed),
+        BalancedOrder(classes, seed, balance=0.5),
+        IdentityOrder(classes, seed, images=3),
+    ]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_any_order_is_a_function_of_the_position(which: int) -> None:
+    order = every_order()[which]
+    whole = order.sample_ids(np.arange(4 * order.length))
+    assert whole.min() >= 0 and whole.max() < order.num_samples == len(LABELS)
+    scattered = np.random.default_rng(0).integers(0, len(whole), 500)
+    assert np.array_equal(order.sample_ids(scattered), whole[scattered])
+    assert not np.array_equal(every_order(seed=2)[which].sample_ids(np.arange(len(whole))), whole)
+    for world_size, batch_size in ((2, 7), (3, 10)):
+        steps = len(whole) // batch_size
+        assert np.array_equal(np.concatenate(walk(order, batch_size, world_size, steps)), whole[: steps * batch_size])
+
+
+def test_a_pass_shows_each_source_by_its_weight() -> None:
+    order = WeightedOrder([10, 70, 30], [2.0, 0.3, 1.5], seed=3)
+    assert order.length == 20 + 21 + 45
+    passes = order.sample_ids(np.arange(10 * order.length)).reshape(10, -1)
+    for one in passes:
+        counts = np.bincount(one, minlength=110)
+        assert (counts[:10] == 2).all() and counts[10:80].sum() == 21 and set(counts[80:].tolist()) == {1, 2}
+        # Twice only where a turn of the 70 ends inside the pass.
+        assert counts[10:80].max() <= 2
+    assert np.bincount(passes[0], minlength=110)[10:80].max() == 1
+    # Over ten passes each sample has its turns: 0.3 * 10, 1.5 * 10.
+    counts = np.bincount(passes.ravel(), minlength=110)
+    assert (counts[10:80] == 3).all() and (counts[80:] == 15).all()
+
+
+def test_weights_of_one_are_the_plain_order() -> None:
+    positions = np.arange(300)
+    expected = SampleOrder(57, 4).sample_ids(positions)
+    assert np.array_equal(WeightedOrder([20, 37], [1, 1], 4).sample_ids(positions), expected)
+
+
+def test_where_the_samples_of_each_class_are() -> None:
+    classes = ClassIndex(LABELS)
+    usable = LABELS[LABELS >= 0]
+    assert classes.classes.tolist() == np.unique(usable).tolist()
+    assert classes.counts.tolist() == np.unique(usable, return_counts=True)[1].tolist()
+    for group, (number, count) in enumerate(zip(classes.classes, classes.counts, strict=True)):
+        found = classes.samples(np.full(count, group), np.arange(count))
+        assert found.tolist() == np.flatnonzero(LABELS == number).tolist()
+    in_files = ClassIndex(np.array([3, 3, 7, 9, 9, 9]))
+    assert in_files.samples(np.array([0, 1, 2]), np.array([1, 0, 2])).tolist() == [1, 2, 5]
+    with pytest.raises(DataError, match="no sample of the data set has a class.*partial-fc validate"):
+        ClassIndex(np.array([-1, -1]))
+
+
+def test_a_balanced_pass_has_each_class_equally_often() -> None:
+    order = BalancedOrder(ClassIndex(LABELS), seed=0)
+    classes = LABELS[order.sample_ids(np.arange(order.length))]
+    assert (classes >= 0).all()
+    assert len(set(np.bincount(classes)[[0, 1, 2, 3, 5, 6, 7]].tolist())) == 1
+    # The samples of a class take turns: over the passes none comes twice more often than another.
+    ids = order.sample_ids(np.arange(30 * order.length))
+    for number in (3, 6):
+        counts = np.bincount(ids, minlength=len(LABELS))[number == LABELS]
+        assert counts.max() - counts.min() <= 1
+
+
+def test_a_balance_between_draws_by_a_power_of_the_size() -> None:
+    whole = BalancedOrder(ClassIndex(LABELS), seed=0, balance=0.0)
+    ids = whole.sample_ids(np.arange(whole.length))
+    assert np.array_equal(np.sort(ids), np.flatnonzero(LABELS >= 0))
+    half = BalancedOrder(ClassIndex(LABELS), seed=0, balance=0.5)
+    counts = np.bincount(LABELS[half.sample_ids(np.arange(half.length))])
+    sizes = np.bincount(LABELS[LABELS >= 0])
+    # Rounded to whole turns.
+    assert abs(counts[6] / counts[3] - np.sqrt(sizes[6] / sizes[3])) < 0.1
+    assert abs(half.length - len(LABELS)) <= 4
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 7])
+def test_identities_come_with_their_images_in_a_row(images: int) -> None:
+    order = IdentityOrder(ClassIndex(LABELS), seed=2, images=images)
+    assert order.length == 7 * images
+    ids = order.sample_ids(np.arange(300 * order.length)).reshape(300, 7, images)
+    classes = LABELS[ids]
+    assert (classes == classes[:, :, :1]).all()
+    # Every class once a pass.
+    assert np.array_equal(np.sort(classes[:, :, 0], axis=1), np.tile([0, 1, 2, 3, 5, 6, 7], (300, 1)))
+    sizes = np.bincount(LABELS[LABELS >= 0])
+    for group, number in zip(ids.reshape(-1, images), classes[:, :, 0].ravel(), strict=True):
+        assert len(set(group.tolist())) == min(images, sizes[number])
+    # None is left out for ever.
+    assert np.array_equal(np.unique(ids), np.flatnonzero(LABELS >= 0))
+
+
+def test_batches_of_sorted_data_hold_as_many_classes_as_a_uniform_shuffle() -> None:
+    """What a shuffle window misses: 20,000 samples, sorted, 20 a class, in batches of 256."""
+    count, each, batch_size, epochs = 20_000, 20, 256, 12
+    steps = count // batch_size
+    generator = np.random.default_rng(0)
+
+    def distinct(ids: np.ndarray) -> list[int]:
+        batches = ids[: steps * batch_size].reshape(steps, batch_size) // each
+        return [len(np.unique(batch)) for batch in batches]
+
+    order = SampleOrder(count, seed=8)
+    ours = np.concatenate([distinct(order.sample_ids(np.arange(e * count, (e + 1) * count))) for e in range(epochs)])
+    uniform = np.concatenate([distinct(generator.permutation(count)) for _ in range(epochs)])
+    # Exactly: a class is missing from a batch with the chance that none of its 20 samples is among 256 of 20,000.
+    missing = np.prod([(count - each - i) / (count - i) for i in range(batch_size)])
+    expected = count / each * (1 - missing)
+    error = uniform.std() / np.sqrt(len(ours))
+    assert abs(ours.mean() - expected) < 4 * error
+    assert abs(uniform.mean() - expected) < 4 * error
+    assert 0.85 < ours.std() / uniform.std() < 1.15
+    # A shuffle in a window of 2,000 samples is far from it, so the test can fail.
+    window = np.concatenate([start + generator.permutation(2000) for start in range(0, count, 2000)])
+    assert abs(np.mean(distinct(window)) - expected) > 20 * error
+
+
+def test_positions_and_samples_are_independent() -> None:
+    """Chi-square of a table of position against sample, in 20 x 20 blocks, over many epochs."""
+    count, epochs = 400, 200
+    order = SampleOrder(count, seed=6)
+    ids = order.sample_ids(np.arange(epochs * count)).reshape(epochs, 20, 20) // 20
+    table = np.stack([np.bincount(ids[:, block].ravel(), minlength=20) for block in range(20)])
+    expected = epochs * count / 400
+    chi2 = float(((table - expected) ** 2 / expected).sum())
+    # Both margins are fixed: 19 * 19 degrees of freedom, by the factor of sampling without replacement.
+    assert abs(chi2 - 361 * 400 / 399) < 5 * np.sqrt(2 * 361)
+
+
+def test_a_thousand_million_samples_need_no_list() -> None:
+    count = 10**9
+    order = SampleOrder(count, seed=0)
+    positions = np.concatenate([np.arange(5000), count - 3000 + np.arange(6000), 7 * count + np.arange(1000)])
+    ids = order.sample_ids(positions)
+    assert ids.min() >= 0 and ids.max() < count
+    # The first 5,000 and last 3,000 positions of one epoch: all different.
+    assert len(np.unique(ids[:8000])) == 8000
+    assert len(vars(order)) <= 4 and not any(isinstance(value, np.ndarray) for value in vars(order).values())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightedOrder([3, 0], [1, 1], 0), "1 sample or more and a weight above 0.*got 0 samples"),
+        (lambda: WeightedOrder([3, 4], [1, -2], 0), "got 4 samples, weight -2.*data.more"),
+        (lambda: WeightedOrder([3], [float("nan")], 0), "weight nan"),
+        (lambda: BalancedOrder(ClassIndex(LABELS), 0, balance=1.5), "data.balance must be from 0 to 1, got 1.5"),
+        (lambda: IdentityOrder(ClassIndex(LABELS), 0, images=0), "data.images_per_identity must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_arguments_of_an_order_are_refused(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

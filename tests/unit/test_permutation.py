@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from partial_fc.permutation import KeyedPermutation, hash64, permute_bits, random_unit
+from partial_fc.permutation import KeyedPermutation, draw_in_turn, hash64, permute_bits, random_unit
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 255, 256, 257, 1000, 4096, 10007, 65537])
@@ -12,6 +12,12 @@ def test_is_a_bijection(n: int) -> None:
     for key in (0, 1, -5, 1 << 80):
         image = KeyedPermutation(n, key)(np.arange(n))
         assert np.array_equal(np.sort(image), np.arange(n))
+
+
+def test_is_a_bijection_for_every_small_range() -> None:
+    for n in range(1, 5001):
+        image = KeyedPermutation(n, n)(np.arange(n))
+        assert len(image) == n and image.min() >= 0 and (np.bincount(image, minlength=n) == 1).all(), n
 
 
 @pytest.mark.parametrize("n", [(1 << 40) + 15, 1 << 62])
@@ -69,3 +75,34 @@ def test_random_units_are_uniform_and_independent() -> None:
 def test_a_range_that_cannot_be_permuted_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"n={n}"):
         KeyedPermutation(n, 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 63, 64, 65, 127, 128, 129, 1000])
+def test_draws_take_every_element_once_a_turn(n: int) -> None:
+    draws = np.arange(5 * n)
+    groups, sizes = np.full(5 * n, 7), np.full(5 * n, n)
+    turns = draw_in_turn(3, groups, sizes, draws).reshape(5, n)
+    assert np.array_equal(np.sort(turns, axis=1), np.tile(np.arange(n), (5, 1)))
+    if n >= 20:
+        assert len({tuple(turn) for turn in turns.tolist()}) == 5
+        assert not np.array_equal(draw_in_turn(3, groups + 1, sizes, draws), turns.ravel())
+        assert not np.array_equal(draw_in_turn(4, groups, sizes, draws), turns.ravel())
+
+
+def test_draws_are_functions_of_each_element_alone() -> None:
+    generator = np.random.default_rng(0)
+    group = generator.integers(0, 1000, 3000)
+    size, draw = 1 + group % 300, generator.integers(0, 1 << 40, 3000)
+    together = draw_in_turn(9, group, size, draw)
+    assert (together >= 0).all() and (together < size).all()
+    alone = [draw_in_turn(9, group[i : i + 1], size[i : i + 1], draw[i : i + 1])[0] for i in range(0, 3000, 37)]
+    assert together[::37].tolist() == alone
+
+
+@pytest.mark.parametrize("n", [11, 100])
+def test_the_first_draw_is_uniform_over_groups_and_over_turns(n: int) -> None:
+    rows = 100 * n
+    for group, turn in ((np.arange(rows), np.zeros(rows, dtype=np.int64)), (np.full(rows, 5), np.arange(rows))):
+        counts = np.bincount(draw_in_turn(2, group, np.full(rows, n), turn * n), minlength=n)
+        chi2 = float(((counts - rows / n) ** 2 / (rows / n)).sum())
+        assert abs(chi2 - (n - 1)) < 5 * np.sqrt(2 * (n - 1)) + 1
