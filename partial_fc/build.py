@@ -11,7 +11,22 @@ from torch import nn
 
 from partial_fc import models
 from partial_fc.config import Config
-from partial_fc.data import Augmentation, RecordReader, SampleOrder, SampleStream, open_stream
+from partial_fc.config_data import AugmentConfig, SourceConfig
+from partial_fc.data import (
+    Archive,
+    Augmentation,
+    BalancedOrder,
+    ClassIndex,
+    IdentityOrder,
+    Order,
+    Progress,
+    SampleOrder,
+    SampleStream,
+    Sources,
+    WeightedOrder,
+    open_archive,
+    open_stream,
+)
 from partial_fc.emphasis import Curricular, Negatives, Plain, SupportVectors
 from partial_fc.errors import ConfigError
 from partial_fc.head import PartialFC
@@ -102,30 +117,63 @@ def choose_head_precision(config: Config, precision: torch.dtype) -> torch.dtype
     return "tf32" if name == "tf32" else None if name == "fp32" else _DTYPES[name]
 
 
-def build_reader(config: Config) -> RecordReader:
-    """The training images."""
-    return RecordReader(config.data.path, config.data.num_classes)
+def build_sources(config: Config, progress: Progress | None = None) -> Sources:
+    """The training images; the table of where they are is made where it isn't there yet, which may take minutes.
+
+    Raises:
+        DataError, ConfigError: they can't be read.
+    """
+    archives = [_open_source(source, config.data.cache, progress) for source in (config.data, *config.data.more)]
+    return Sources(archives, merge_classes=config.data.merge_classes)
 
 
-def build_stream(config: Config, reader: RecordReader, place: Place) -> SampleStream:
-    """This rank's part of the endless sample stream, in micro batches."""
-    augment = config.augment
-    augmentation = Augmentation(
-        flip=augment.flip, rotate=augment.rotate, scale=augment.scale, shift=augment.shift, fill=augment.fill
+def _open_source(source: SourceConfig, cache: str | None, progress: Progress | None) -> Archive:
+    return open_archive(
+        source.path,
+        format=source.format,
+        num_classes=source.num_classes,
+        cache=cache,
+        image_key=source.image_key,
+        label_key=source.label_key,
+        progress=progress,
     )
+
+
+def build_order(config: Config, sources: Sources) -> Order:
+    """Which sample stands at which position of the stream."""
+    section, seed = config.data, config.train.seed
+    if section.order == "balanced":
+        return BalancedOrder(ClassIndex(sources.all_labels()), seed, section.balance)
+    if section.order == "identities":
+        return IdentityOrder(ClassIndex(sources.all_labels()), seed, section.images_per_identity)
+    weights = [section.weight, *(source.weight for source in section.more)]
+    if any(weight != 1 for weight in weights):
+        return WeightedOrder(sources.sizes, weights, seed)
+    return SampleOrder(len(sources), seed)
+
+
+def build_augmentation(section: AugmentConfig) -> Augmentation:
+    """What may happen to a training image."""
+    return Augmentation(**section.model_dump())
+
+
+def build_stream(config: Config, sources: Sources, order: Order, place: Place) -> SampleStream:
+    """This rank's part of the endless sample stream, in micro batches."""
     return open_stream(
         config.data.decoder,
-        reader,
-        SampleOrder(len(reader), config.train.seed),
+        sources,
+        order,
         batch_size=config.train.batch_size // config.train.accumulate,
         rank=place.rank,
         world_size=place.world_size,
         image_size=config.data.image_size,
-        augmentation=augmentation,
+        augmentation=build_augmentation(config.augment),
         seed=config.train.seed,
         threads=config.data.threads,
+        readers=config.data.readers,
         prefetch=config.data.prefetch,
         device=place.device,
+        max_image_pixels=config.data.max_image_pixels,
         max_bad_share=config.data.max_bad_share,
     )
 
@@ -248,8 +296,8 @@ def build_optimizers(
     return of_backbone, of_head
 
 
-def total_steps(config: Config, num_samples: int) -> int:
-    """Optimizer steps of the run: ``train.steps``, or so many that ``train.epochs`` passes are done.
+def total_steps(config: Config, samples_a_pass: int) -> int:
+    """Optimizer steps of the run: ``train.steps``, or so many that ``train.epochs`` passes of the order are done.
 
     Raises:
         ConfigError: the warm-up is not shorter than that.
@@ -257,7 +305,7 @@ def total_steps(config: Config, num_samples: int) -> int:
     steps = config.train.steps
     if steps is None:
         assert config.train.epochs is not None
-        steps = max(1, round(config.train.epochs * num_samples / config.train.batch_size))
+        steps = max(1, round(config.train.epochs * samples_a_pass / config.train.batch_size))
     if config.optim.warmup_steps >= steps:
         raise ConfigError(
             f"optim.warmup_steps is {config.optim.warmup_steps}, expected fewer than the run's {steps} steps"

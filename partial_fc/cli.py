@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import sys
@@ -13,6 +14,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from partial_fc.errors import PartialFCError
+
+
+class _Format(str, enum.Enum):
+    recordio = "recordio"
+    webdataset = "webdataset"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +41,8 @@ def train(
     """Train. Start it with torchrun for several ranks, alone for one."""
     with _one_line_errors():
         from partial_fc.config import load_config
-        from partial_fc.train import Trainer, joined_ranks
+        from partial_fc.ranks import joined_ranks
+        from partial_fc.train import Trainer
 
         settings = load_config(config, overrides or [])
         with joined_ranks(settings) as place:
@@ -50,8 +58,9 @@ def evaluate(
     """Verify a run's saved model on its evaluate.sets. Start it with torchrun for several ranks, alone for one."""
     with _one_line_errors():
         from partial_fc.config import load_config
+        from partial_fc.ranks import joined_ranks
         from partial_fc.report import write_report
-        from partial_fc.train import describe, evaluate_saved, joined_ranks
+        from partial_fc.train import describe, evaluate_saved
 
         if not (run / "config.yaml").is_file():
             raise PartialFCError(f"{run}: no run is there, expected a folder with config.yaml and model")
@@ -90,6 +99,84 @@ def plan(
 
         settings = load_config(config, overrides or [])
         make_plan(settings, classes=classes or [], ranks=ranks, memory=memory, gpu=gpu, json_file=json)
+
+
+_DataSet = Annotated[
+    Path,
+    typer.Argument(help="A data set of any format (folder, file or pattern of shards), or a configuration with one."),
+]
+_DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="How it is read, such as data.format=tfrecord."),
+]
+
+
+@app.command()
+def prepare(
+    source: _DataSet,
+    destination: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
+    overrides: _DataOverrides = None,
+    format: Annotated[_Format, typer.Option(help="Format of the new data set.")] = _Format.recordio,
+    size: Annotated[int | None, typer.Option(help="Side of the new images; default: as they are.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="JPEG quality, for all images; default: 95 for those whose size changes.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that encode; default: one a core.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Samples of a WebDataset shard.")] = 10_000,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(help="Shuffle the samples of a WebDataset, for readers that don't.")
+    ] = None,
+) -> None:
+    """Write a data set anew, as RecordIO or WebDataset. Interrupted, it goes on where it stopped."""
+    with _one_line_errors():
+        from partial_fc.tools import run_prepare
+
+        run_prepare(
+            source,
+            destination,
+            overrides or [],
+            format=format.value,
+            size=size,
+            quality=quality,
+            workers=workers,
+            shard_size=shard_size,
+            shuffle_seed=shuffle_seed,
+        )
+
+
+@app.command()
+def validate(
+    path: _DataSet,
+    overrides: _DataOverrides = None,
+    limit: Annotated[int | None, typer.Option(help="Check so many samples only, spread over the set.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings into this file, too.")] = None,
+) -> None:
+    """Decode every image of a data set and report on it; exit code 1 where one can't be used."""
+    with _one_line_errors():
+        from partial_fc.tools import run_validate
+
+        usable = run_validate(path, overrides or [], limit=limit, json_file=json)
+    if not usable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    path: _DataSet,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Augmentations to look at, such as augment.blur=1."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("contact_sheet.png"),
+    classes: Annotated[int, typer.Option(help="How many classes, spread over all.")] = 6,
+    class_id: Annotated[list[int] | None, typer.Option(help="This class, repeatable.")] = None,
+    columns: Annotated[int, typer.Option(help="Images in a row.")] = 10,
+) -> None:
+    """Draw augmented samples of a few classes into a picture."""
+    with _one_line_errors():
+        from partial_fc.tools import run_show
+
+        run_show(path, overrides or [], out=out, classes=classes, class_ids=class_id or [], columns=columns)
 
 
 @app.command()

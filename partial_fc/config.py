@@ -7,63 +7,17 @@ everything below ``build`` takes plain arguments.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from partial_fc.config_data import AugmentConfig, DataConfig, data_contradictions
 from partial_fc.config_reader import Contradiction, raise_contradictions, read_model, write_yaml
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Cosine = Annotated[float, Field(ge=-1, le=1)]
-
-
-class Section(BaseModel):
-    """Base of the sections: frozen, no unknown keys, no silent conversions (``"512"`` is no number)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class DataConfig(Section):
-    """Where the training images are and how they are read."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """Folder of the data set, or its .rec file."""
-    num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes; null: as many as the data set has."""
-    image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
-    """Side of the square images, in pixels; 112 is what the published backbones and test sets use."""
-    decoder: Literal["auto", "dali", "python"] = "auto"
-    """What decodes the images; auto: DALI where it is installed, else plain Python."""
-    threads: Count = 2
-    """Decoding threads of each rank."""
-    prefetch: Count = 2
-    """Batches that each rank decodes ahead."""
-    max_bad_share: Share = 0.01
-    """Share of a rank's samples (after its first 1,000) that may be undecodable and replaced before the run stops."""
-
-
-class AugmentConfig(Section):
-    """Random changes of a training image, each a function of (seed, position)."""
-
-    flip: Share = 0.5
-    """Probability of a horizontal flip."""
-    rotate: Annotated[float, Field(ge=0, le=math.pi)] = 0.0
-    """Largest angle of rotation, in radians."""
-    scale: Annotated[float, Field(ge=0, le=0.99)] = 0.0
-    """Largest relative change of size: the size is multiplied by 1 + u, u uniform in [-scale, scale]."""
-    shift: Share = 0.0
-    """Largest shift along each axis, as a fraction of the image's side."""
-    fill: Annotated[int, Field(ge=0, le=255)] = 0
-    """Level of the pixels from outside the image, 0 (black) to 255 (white)."""
+from partial_fc.config_types import BelowOne, Cosine, Count, NotNegative, Positive, Section
 
 
 class BackboneConfig(Section):
@@ -437,6 +391,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     if train.steps is not None and optim.warmup_steps >= train.steps:
         text = f"got {optim.warmup_steps}, expected fewer than train.steps={train.steps}"
         yield Contradiction(("optim.warmup_steps", "train.steps"), text)
+    yield from data_contradictions(config.data, train.batch_size // train.accumulate)
     if backbone.width is not None and backbone.name != "small":
         text = f"got {backbone.width}, expected null with backbone.name={backbone.name} (only small has a width)"
         yield Contradiction(("backbone.width", "backbone.name"), text)
@@ -487,3 +442,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     return read_model(Config, path, overrides, defaults={"train.name": path.stem})
+
+
+def data_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a tool that only looks at images: its sections ``data`` and ``augment`` count.
+
+    Args:
+        path: a data set, or a configuration (``.yaml``) that names one.
+        overrides: ``section.key=value``, as for :func:`load_config`.
+
+    Raises:
+        ConfigError: every problem found, one line each.
+    """
+    if Path(path).suffix in (".yaml", ".yml"):
+        return load_config(path, overrides)
+    # As JSON, which is YAML in which no character of a path means anything.
+    return read_model(Config, None, [f"data.path={json.dumps(str(path))}", *overrides], defaults={"train.steps": 1})

@@ -56,28 +56,20 @@ def raise_contradictions(found: Sequence[Contradiction]) -> None:
         raise PydanticCustomError("contradiction", "{text}", {"text": text, "found": list(found)})
 
 
-def read_model(model: type[Model], path: Path, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Model:
+def read_model(model: type[Model], path: Path | None, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Model:
     """Read a YAML file, apply overrides in order, validate all of it.
 
     Args:
         model: what to read.
-        path: YAML file.
+        path: YAML file; None: there are the overrides only.
         overrides: ``a.b=value`` at any depth, the value in YAML.
         defaults: by dotted key, for keys that are absent or null.
 
     Raises:
         ConfigError: every problem found, one line each.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file, expected a YAML configuration") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror}), expected a YAML configuration") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: got bytes that aren't UTF-8 at offset {error.start}, expected YAML") from None
-    source = _Source(_Schema(model), str(path))
-    source.read_file(text)
+    source = _Source(_Schema(model), "override" if path is None else str(path))
+    source.read_file("" if path is None else _read_text(path))
     for override in overrides:
         source.read_override(override)
     for key, value in defaults.items():
@@ -86,6 +78,17 @@ def read_model(model: type[Model], path: Path, overrides: Sequence[str], default
     if result is None or source.problems:
         raise ConfigError("\n".join(dict.fromkeys(source.problems)))
     return result
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file, expected a YAML configuration") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}), expected a YAML configuration") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: got bytes that aren't UTF-8 at offset {error.start}, expected YAML") from None
 
 
 def write_yaml(data: Any) -> str:

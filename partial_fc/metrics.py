@@ -21,7 +21,8 @@ from partial_fc.errors import ConfigError
 
 PHASES = ("data", "backbone", "head", "optimizer")
 LEARNING_RATE_GROUPS = ("backbone", "head")
-DECODE_ERROR_KINDS = ("record", "label", "image")
+# Those of the data stream (data.faults), which say what they mean.
+DECODE_ERROR_KINDS = ("record", "label", "empty", "oversized", "image")
 # From a head on a GPU (a few ms) to a backbone on CPUs (tens of seconds).
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 

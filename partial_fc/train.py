@@ -6,13 +6,11 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +21,8 @@ from partial_fc import build
 from partial_fc.build import Place
 from partial_fc.checkpoint import load_backbone, save_model
 from partial_fc.config import Config
-from partial_fc.data import Batch, decode_images
-from partial_fc.errors import ConfigError, DataError, NonFiniteError, PartialFCError
+from partial_fc.data import Batch, Sources, decode_images
+from partial_fc.errors import ConfigError, DataError, LabelError, NonFiniteError
 from partial_fc.evaluate import VerificationResult, evaluate_pairs
 from partial_fc.head import HeadStats
 from partial_fc.journal import Journal
@@ -32,52 +30,8 @@ from partial_fc.loss_scale import LossScale
 from partial_fc.metrics import PHASES, TrainingMetrics
 from partial_fc.optim import clip_shards
 from partial_fc.permutation import hash64
-
-T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def joined_ranks(config: Config) -> Iterator[Place]:
-    """Join the ranks that torchrun started (or be the only one), and leave them at the end."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        device = build.choose_device(config, local_rank)
-    except ConfigError as error:
-        # Local rank 0 may have found its GPU.
-        error.rank = rank
-        raise
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    place = Place(rank, world_size, local_rank, device)
-    if "RANK" not in os.environ:
-        yield place
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout_seconds))
-    yield place
-    # A process that ends while others still talk to it can abort in gloo's teardown.
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def agreed(action: Callable[[], T]) -> T:
-    """Do something on every rank; where it fails on one, every rank raises that rank's error, and none waits."""
-    result, failure = None, None
-    try:
-        result = action()
-    except PartialFCError as error:
-        failure = error
-    except OSError as error:
-        failure = DataError(f"{error.filename}: {error.strerror}: check the path and its permissions")
-    failures: list[PartialFCError | None] = [failure]
-    if dist.is_initialized():
-        failures *= dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    for rank, other in enumerate(failures):
-        if other is not None:
-            raise type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}") from failure
-    return result  # type: ignore[return-value]
+from partial_fc.progress import progress_bar
+from partial_fc.ranks import agreed, agreed_while
 
 
 def make_run_folder(config: Config, place: Place) -> Path:
@@ -161,11 +115,12 @@ class Trainer:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
         self.precision = agreed(lambda: build.choose_precision(config, place.device))
-        reader = agreed(lambda: build.build_reader(config))
-        num_classes = agreed(lambda: reader.num_classes)
-        self.steps = agreed(lambda: build.total_steps(config, len(reader)))
+        sources = open_sources(config, place)
+        num_classes = sources.num_classes
+        order = agreed(lambda: build.build_order(config, sources))
+        self.steps = agreed(lambda: build.total_steps(config, order.length))
         self.sets = agreed(lambda: verification_sets(config))
-        self.stream = agreed(lambda: build.build_stream(config, reader, place))
+        self.stream = agreed(lambda: build.build_stream(config, sources, order, place))
         self.backbone = agreed(lambda: build.build_backbone(config, place))
         self.head = agreed(lambda: build.build_head(config, num_classes, place, self.precision))
         self.optimizers = build.build_optimizers(config, self.backbone, self.head)
@@ -185,8 +140,9 @@ class Trainer:
             )
         self.folder = make_run_folder(config, place)
         self.timer = PhaseTimer(place.device)
-        self.num_samples, self.num_classes = len(reader), num_classes
+        self.num_samples, self.num_classes = len(sources), num_classes
         self.skipped = 0
+        self._data_failure: DataError | None = None
 
     def fit(self) -> dict[str, VerificationResult]:
         """Train to the last step, evaluate, save the model, and return the last evaluation by set."""
@@ -288,6 +244,10 @@ class Trainer:
                 losses.append(self._micro_step(step, last=micro + 1 == accumulate))
             self.head.check()
             updated = self._update()
+        except LabelError:
+            # Raised on every rank, so all are here; where a rank's data failed, that was the reason.
+            agreed(self._raise_data_failure)
+            raise
         except NonFiniteError as error:
             if self.config.train.nonfinite == "stop":
                 raise
@@ -330,11 +290,20 @@ class Trainer:
         return loss.detach()
 
     def _next_batch(self) -> Batch:
-        try:
-            return self.stream.next_batch()
-        except DataError as error:
-            error.rank = self.place.rank
-            raise
+        """The next batch; where the data fails, one without a valid label, at which the head stops every rank."""
+        if self._data_failure is None:
+            try:
+                return self.stream.next_batch()
+            except DataError as error:
+                self._data_failure = error
+        side, rows = self.config.data.image_size, self._local_samples // self.config.train.accumulate
+        images = torch.zeros(rows, 3, side, side, device=self.place.device)
+        nothing = torch.full((rows,), -1)
+        return Batch(images, nothing, nothing, nothing)
+
+    def _raise_data_failure(self) -> None:
+        if self._data_failure is not None:
+            raise self._data_failure
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -385,6 +354,17 @@ class Trainer:
             journal.record("evaluation", step, set=name, **result.summary())
             journal.say(f"step {step}/{self.steps}  {describe(name, result)}")
         return results
+
+
+def open_sources(config: Config, place: Place) -> Sources:
+    """The training images, on every rank; a rank of each machine makes their table where it isn't there. Collective.
+
+    Raises:
+        DataError, ConfigError: on every rank, where they can't be read on one.
+    """
+    with progress_bar("finding the images", active=place.rank == 0) as progress:
+        first = agreed_while(lambda: build.build_sources(config, progress), mine=place.local_rank == 0)
+    return agreed(lambda: first or build.build_sources(config))
 
 
 def verification_sets(config: Config) -> dict[str, Path]:

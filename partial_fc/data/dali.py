@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc.data.augment import Augmentation, pixel_matrices
-from partial_fc.data.decode import normalise
-from partial_fc.data.order import SampleOrder
-from partial_fc.data.readers import RecordReader
-from partial_fc.data.stream import PythonStream, Samples, SampleStream, logger
+from partial_fc.data.faults import Rows
+from partial_fc.data.order import Order
+from partial_fc.data.pipeline import define_pipeline, pipeline_inputs
+from partial_fc.data.sources import Sources
+from partial_fc.data.stream import PythonStream, SampleStream, Uploads
 from partial_fc.errors import ConfigError, DataError
+
+logger = logging.getLogger("partial_fc.data")
 
 # Batches in a row that DALI fails at though the plain decoder finds nothing wrong: then it's not the images.
 _MAX_UNEXPLAINED = 5
+# What takes DALI's CPU operators several times as long as OpenCV (docs/performance.md).
+_SLOW_IN_DALI = frozenset(("affine", "crop", "low_resolution", "colour_twist"))
 
 
 def dali_available() -> bool:
@@ -33,99 +39,45 @@ def dali_available() -> bool:
         return False
 
 
-def define_pipeline(
-    source: Any,
-    *,
-    batch_size: int,
-    image_size: int,
-    augmentation: Augmentation,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
-) -> Any:
-    """Define the DALI pipeline, without building it (which alone needs the device).
-
-    Args:
-        source: function of a DALI ``BatchInfo``, giving encoded images (uint8), flip flags (int32) and, where the
-            augmentation is affine, maps in pixels (float32 ``[2, 3]``); b of each.
-        batch_size: b.
-        image_size: S.
-        augmentation: decides whether there is an affine operation, and the level outside the image.
-        threads: decoding threads on the CPU.
-        prefetch: how many batches DALI runs ahead.
-        device_id: the GPU; None: the CPU.
-
-    Returns:
-        A ``nvidia.dali.Pipeline`` with one output, float32 ``[b, 3, S, S]``.
-    """
-    # Not an import statement: DALI's own types would make the type check depend on whether it's installed.
-    dali: Any = importlib.import_module("nvidia.dali")
-    fn: Any = importlib.import_module("nvidia.dali.fn")
-    types: Any = importlib.import_module("nvidia.dali.types")
-    affine, fill = augmentation.affine, augmentation.fill
-    inputs = 3 if affine else 2
-
-    @dali.pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-        enable_conditionals=True,
-    )
-    def image_pipeline() -> Any:
-        given = fn.external_source(
-            source=source,
-            num_outputs=inputs,
-            batch=True,
-            batch_info=True,
-            no_copy=True,
-            dtype=[types.UINT8, types.INT32, types.FLOAT][:inputs],
-            ndim=[1, 0, 2][:inputs],
-        )
-        images = fn.decoders.image(given[0], device="cpu" if device_id is None else "mixed", output_type=types.RGB)
-        shape = fn.peek_image_shape(given[0])
-        if shape[0] != image_size or shape[1] != image_size:
-            images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
-        if affine:
-            images = fn.warp_affine(images, matrix=given[2], fill_value=fill, interp_type=types.INTERP_LINEAR)
-        return fn.crop_mirror_normalize(
-            images, mirror=given[1], dtype=types.FLOAT, output_layout="CHW", mean=[127.5] * 3, std=[127.5] * 3
-        )
-
-    return image_pipeline()
-
-
 class DaliStream(SampleStream):
     """The stream with images decoded by DALI; its arguments are those of :class:`SampleStream`.
 
-    The images are those of :class:`PythonStream` up to the rounding of the decoder. A batch that DALI fails at comes
-    from the plain decoder, which finds and replaces the bad samples, and DALI is started anew behind it: a failed
-    pipeline looks alive, but loses batches.
+    The images are those of :class:`PythonStream` up to the rounding of the decoder. Where DALI fails at a batch, the
+    plain decoder finds the bad samples, and DALI is started anew with others in their places: a failed pipeline looks
+    alive, but loses batches.
     """
 
     _iterator: Any = None
+    _pool: ThreadPoolExecutor | None = None
     _failure: BaseException | None = None
     _unexplained = 0
 
-    def _produce(self, position: int) -> tuple[Tensor, Samples]:
-        try:
-            if self._iterator is None:
-                self._start(position)
-            images = next(self._iterator)[0]["images"]
-        except (RuntimeError, StopIteration) as error:
-            # What the source raised comes back from DALI as an error of its own.
-            failure = self._failure
-            self.close()
-            if failure is not None:
-                raise failure from None
-            return self._fall_back(position, error)
-        self._unexplained = 0
-        return images, self._given.pop(position)[0]
+    def _produce(self, position: int) -> tuple[Tensor, Rows]:
+        while True:
+            try:
+                if self._iterator is None:
+                    self._start(position)
+                images = next(self._iterator)[0]["images"]
+            except (RuntimeError, StopIteration) as error:
+                # What the source raised comes back from DALI as an error of its own.
+                failure = self._failure
+                self.close()
+                if failure is not None:
+                    raise failure from None
+                # With the bad samples known, DALI is started anew at the same batch.
+                if not self._samples.find_bad(position + self._rows, self._sample_ids(position)):
+                    return self._decode_plainly(position, error)
+            else:
+                self._unexplained = 0
+                return images, self._given.pop(position)[0]
 
     def close(self) -> None:
         """End the pipeline and drop what it decoded ahead. The next call of ``next_batch`` starts it again."""
         self._iterator = None
         self._failure = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def _start(self, position: int) -> None:
         """Build the pipeline for the batches from ``position`` on."""
@@ -144,13 +96,15 @@ class DaliStream(SampleStream):
 
         # DALI reads without a copy: the arrays live until their images are there, or as long as the pipeline, whose
         # function holds them.
-        given: dict[int, tuple[Samples, tuple[Any, ...]]] = {}
+        given: dict[int, tuple[Rows, tuple[Any, ...]]] = {}
         self._given = given
+        self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="read")
+        self._reading: dict[int, Future[tuple[Rows, tuple[Any, ...]]]] = {}
 
         def source(info: Any) -> tuple[Any, ...]:
             at = position + info.iteration * self.batch_size
             try:
-                given[at] = self._give(at)
+                given[at] = self._take(at)
             except BaseException as error:
                 self._failure = error
                 raise
@@ -173,32 +127,37 @@ class DaliStream(SampleStream):
             ) from error
         self._iterator = plugin.DALIGenericIterator([pipeline], ["images"], auto_reset=False, prepare_first_batch=False)
 
-    def _give(self, position: int) -> tuple[Samples, tuple[Any, ...]]:
-        """Samples of the batch at ``position``, and what DALI gets of them; it asks ahead of the output."""
-        samples = self._samples.read(self._sample_ids(position))
-        parameters = self._parameters(position)
-        flips = parameters[:, 0].astype(np.int32)
-        if not self._augmentation.affine:
-            return samples, (samples.encoded, flips)
-        return samples, (samples.encoded, flips, pixel_matrices(parameters, self.image_size))
+    def _take(self, position: int) -> tuple[Rows, tuple[Any, ...]]:
+        """The rows of the batch at ``position``, and what DALI gets of them; the readers go on with those behind it."""
+        assert self._pool is not None
+        for ahead in range(self._readers + 1):
+            at = position + ahead * self.batch_size
+            if at not in self._reading:
+                self._reading[at] = self._pool.submit(self._read, at + self._rows, self._sample_ids(at))
+        return self._reading.pop(position).result()
 
-    def _fall_back(self, position: int, error: BaseException) -> tuple[Tensor, Samples]:
-        """Decode the batch that DALI failed at with the plain decoder."""
-        samples = self._samples.read(self._sample_ids(position))
-        known = len(samples.bad)
-        pixels = np.empty((len(samples.ids), self.image_size, self.image_size, 3), dtype=np.uint8)
-        self._samples.decode(samples, self._augmentation, self._parameters(position), pixels)
-        self._unexplained = 0 if len(samples.bad) > known else self._unexplained + 1
-        if self._unexplained:
-            logger.warning(
-                "DALI failed at the batch at position %d, the plain decoder didn't: %s", position, _first_line(error)
-            )
+    def _read(self, positions: np.ndarray, ids: np.ndarray) -> tuple[Rows, tuple[Any, ...]]:
+        rows = self._samples.read(positions, ids)
+        parameters = self._augmentation.parameters(self._seed, positions)
+        return rows, (rows.encoded, *pipeline_inputs(self._augmentation, parameters, self.image_size))
+
+    def _decode_plainly(self, position: int, error: BaseException) -> tuple[Tensor, Rows]:
+        """Decode the batch that DALI failed at, though its images are good, with the plain decoder."""
+        self._unexplained += 1
+        logger.warning(
+            "DALI failed at the batch at position %d, the plain decoder didn't: %s", position, _first_line(error)
+        )
         if self._unexplained >= _MAX_UNEXPLAINED:
             raise DataError(
                 f"DALI failed at {self._unexplained} batches in a row, the last at position {position}, though their "
                 f"images are good ({_first_line(error)}): set data.decoder=python"
             ) from error
-        return normalise(pixels, self.device), samples
+        rows = self._samples.read(position + self._rows, self._sample_ids(position))
+        uploads = Uploads(self.device, (len(rows.ids), self.image_size, self.image_size, 3))
+        buffer = uploads.buffer()
+        for row, image in enumerate(self._samples.decode(rows, self._augmentation, self._parameters(position))):
+            uploads.fill(buffer, row, image)
+        return uploads.send(buffer), rows
 
 
 def _first_line(error: BaseException) -> str:
@@ -208,15 +167,15 @@ def _first_line(error: BaseException) -> str:
     return (after or lines or [type(error).__name__])[0]
 
 
-def open_stream(kind: str, reader: RecordReader, order: SampleOrder, **options: Any) -> SampleStream:
+def open_stream(kind: str, sources: Sources, order: Order, **options: Any) -> SampleStream:
     """Open a stream by the name of its decoder.
 
     ``'auto'`` is DALI where it's installed, else the plain decoder, with a warning. On the CPU it's the plain decoder
-    as well where the augmentation is affine: DALI's warp takes 6 times as long as OpenCV's there.
+    also where an augmentation is on that takes DALI several times as long: affine, crop, low resolution or colours.
 
     Args:
         kind: ``'auto'``, ``'dali'`` or ``'python'``.
-        reader: the data set.
+        sources: the data set.
         order: which sample stands at which position.
         options: the other arguments of :class:`SampleStream`.
 
@@ -233,7 +192,8 @@ def open_stream(kind: str, reader: RecordReader, order: SampleOrder, **options: 
         )
     if kind == "auto" and not installed:
         logger.warning("NVIDIA DALI isn't installed: images are decoded in Python, which is slower")
-    slow_warp = options["augmentation"].affine and torch.device(options.get("device", "cpu")).type == "cpu"
-    if kind == "dali" or (kind == "auto" and installed and not slow_warp):
-        return DaliStream(reader, order, **options)
-    return PythonStream(reader, order, **options)
+    on_cpu = torch.device(options.get("device", "cpu")).type == "cpu"
+    slower = on_cpu and not _SLOW_IN_DALI.isdisjoint(options["augmentation"].active)
+    if kind == "dali" or (kind == "auto" and installed and not slower):
+        return DaliStream(sources, order, **options)
+    return PythonStream(sources, order, **options)

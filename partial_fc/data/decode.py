@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +20,37 @@ from torch import Tensor
 
 from partial_fc.errors import DataError
 
+# Unless somebody says otherwise: 8192 x 8192, which take 200 MB.
+MAX_PIXELS = 1 << 26
+
+FaultKind = Literal["empty", "image", "oversized"]
+
+_END_OF_IMAGE = b"\xff\xd9"
+# JPEG's frame headers, SOF0 to SOF15, are C0 to CF but for DHT, JPG and DAC.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN, _END, _FILL = 0xDA, 0xD9, 0xFF
+# Length, precision, height, width.
+_FRAME = struct.Struct(">HBHH")
+_LENGTH = struct.Struct(">H")
+
+
+class ImageError(DataError):
+    """Bytes that can't be made an image of.
+
+    Attributes:
+        kind: ``'empty'`` (no bytes), ``'image'`` (no image, or not all of one), ``'oversized'`` (too many pixels).
+    """
+
+    def __init__(self, kind: FaultKind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.kind, str(self))
+
 
 @functools.cache
-def _opencv() -> ModuleType | None:
+def opencv() -> ModuleType | None:
     """OpenCV, with its own threads off (the streams have theirs), or None where it can't be imported."""
     try:
         import cv2
@@ -30,48 +60,144 @@ def _opencv() -> ModuleType | None:
     return cv2
 
 
-def decode_image(encoded: np.ndarray | bytes, image_size: int) -> np.ndarray:
+def inspect_encoded(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[FaultKind, str] | None:
+    """Say what shows to be wrong with an encoded image without decoding it.
+
+    Its size is read from the header of a JPEG, PNG, GIF, BMP or WebP file; nothing is said of other formats, nor of a
+    header that makes no sense, which the decoder will refuse. Releases of the JPEG libraries differ in what they make
+    of a truncated file, an error or an image with a grey end, so it's found here: in the compressed data an FF is
+    always followed by a 00, so that an end marker behind the header can't be there by chance.
+
+    Args:
+        data: uint8 array.
+        max_pixels: largest width x height that is put up with.
+
+    Returns:
+        The kind of fault (see :class:`ImageError`), and the reason in words; None where nothing shows.
+    """
+    raw = data.tobytes()
+    if len(raw) < 8:
+        return "image" if raw else "empty", f"{len(raw)} bytes are no image: copy the data again"
+    if raw.startswith(b"\xff\xd8"):
+        header, width, height = _jpeg_size(raw)
+        if not raw.endswith(_END_OF_IMAGE) and raw.rfind(_END_OF_IMAGE, header) < 0:
+            return "image", f"the JPEG of {len(raw)} bytes is truncated (no end marker): copy the data again"
+    else:
+        width, height = _size(raw)
+    if width * height > max_pixels:
+        reason = f"{width} x {height} pixels, at most {max_pixels} are decoded"
+        return "oversized", f"{reason}: shrink the image, or raise data.max_image_pixels"
+    return None
+
+
+def _jpeg_size(raw: bytes) -> tuple[int, int, int]:
+    """Walk the segments of a JPEG up to the frame header: where that is, width and height; zeros where there's none."""
+    at, end = 2, len(raw) - 9
+    while at < end:
+        marker = raw[at + 1]
+        if raw[at] != _FILL or marker in (_SCAN, _END):
+            break
+        if marker in _FRAMES:
+            _, _, height, width = _FRAME.unpack_from(raw, at + 2)
+            return at, width, height
+        # Any number of FF may stand before a marker.
+        at += 1 if marker == _FILL else 2 + _LENGTH.unpack_from(raw, at + 2)[0]
+    return 2, 0, 0
+
+
+def _size(raw: bytes) -> tuple[int, int]:
+    """Width and height by the header of a PNG, GIF, BMP or WebP file; zeros where that says nothing."""
+    head = raw[:32].ljust(32, b"\0")
+    width, height = 0, 0
+    if head.startswith(b"\x89PNG"):
+        width, height = struct.unpack_from(">II", head, 16)
+    elif head.startswith(b"GIF8"):
+        width, height = struct.unpack_from("<HH", head, 6)
+    elif head.startswith(b"BM"):
+        # The oldest header, of 12 bytes, has half the room. A negative height: from the top downwards.
+        oldest = struct.unpack_from("<I", head, 14)[0] == 12
+        width, height = struct.unpack_from("<HH" if oldest else "<ii", head, 18)
+    elif head.startswith(b"RIFF"):
+        width, height = _webp_size(head)
+    return abs(width), abs(height)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height by the first 32 bytes of a WebP file, by the kind of its first chunk."""
+    if head[8:16] == b"WEBPVP8 ":
+        # The upper two bits of each are a scale for the display.
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if head[8:16] == b"WEBPVP8L":
+        bits = struct.unpack_from("<I", head, 21)[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if head[8:16] == b"WEBPVP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    return 0, 0
+
+
+def decode_pixels(encoded: np.ndarray | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode one image, upright after its EXIF orientation, in its own size.
+
+    Args:
+        encoded: JPEG, PNG and whatever else the image library reads; bytes, or a uint8 array.
+        max_pixels: largest width x height that is decoded.
+
+    Returns:
+        uint8 ``[H, W, 3]``, RGB.
+
+    Raises:
+        ImageError: the bytes are no whole image, or one with too many pixels.
+    """
+    data = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
+    if found := inspect_encoded(data, max_pixels):
+        raise ImageError(*found)
+    image = _decode_opencv(data) if opencv() else _decode_pillow(data)
+    if image is None:
+        begin = data[:8].tobytes()
+        raise ImageError("image", f"{data.size} bytes that begin with {begin!r} are no image: copy the data again")
+    return image
+
+
+def decode_image(encoded: np.ndarray | bytes, image_size: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode one image, upright after its EXIF orientation, and resize it where it has another size.
 
     Args:
         encoded: JPEG, PNG and whatever else the image library reads; bytes, or a uint8 array.
         image_size: S.
+        max_pixels: largest width x height that is decoded.
 
     Returns:
         uint8 ``[S, S, 3]``, RGB.
 
     Raises:
-        DataError: the bytes are no whole image.
+        ImageError: the bytes are no whole image, or one with too many pixels.
     """
-    data = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
-    if fault := visible_damage(data):
-        raise DataError(f"{fault}: copy the data again")
-    image = _decode_opencv(data) if _opencv() else _decode_pillow(data)
-    if image is None:
-        begin = data[:8].tobytes()
-        raise DataError(f"{data.size} bytes that begin with {begin!r} are no image: copy the data again")
-    if image.shape != (image_size, image_size, 3):
-        # Pillow also where OpenCV decodes: its bilinear filter is antialiased, as DALI's is.
-        resized = Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BILINEAR)
-        image = np.asarray(resized)
-    return image
+    image = decode_pixels(encoded, max_pixels=max_pixels)
+    return image if image.shape == (image_size, image_size, 3) else resize_image(image, image_size)
 
 
-def visible_damage(data: np.ndarray) -> str | None:
-    """Say what is wrong with bytes that can't be a whole image, without decoding them; None where nothing shows.
+def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
+    """Resize an image, uint8 ``[H, W, 3]``, to ``[S, S, 3]`` by a bilinear filter that is antialiased, as DALI does.
 
-    Releases of the JPEG libraries differ in what they make of a truncated file: an error, or an image with a grey end.
-    In the compressed data an FF is always followed by a 00, so the end marker can't be there by chance.
+    Where it's made smaller the filter is as wide as two pixels of the result, and behind the border it sees the
+    outermost pixels again.
     """
-    if data.size < 8:
-        return f"{data.size} bytes are no image"
-    if data[0] == 0xFF and data[1] == 0xD8 and data.tobytes().rfind(b"\xff\xd9") < 0:
-        return f"the JPEG of {data.size} bytes is truncated (no end marker)"
-    return None
+    height, width = image.shape[:2]
+    # Pillow also where there is OpenCV, whose bilinear filter isn't antialiased. Pillow's ends at the border, unless
+    # there is a frame around what is resized.
+    top, left = (-(-side // image_size) if side > image_size else 0 for side in (height, width))
+    if top or left:
+        if cv2 := opencv():
+            image = cv2.copyMakeBorder(image, top, top, left, left, cv2.BORDER_REPLICATE)
+        else:
+            image = np.pad(image, ((top, top), (left, left), (0, 0)), mode="edge")
+    box = (left, top, left + width, top + height)
+    return np.asarray(Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BILINEAR, box))
 
 
 def _decode_opencv(data: np.ndarray) -> np.ndarray | None:
-    cv2 = _opencv()
+    cv2 = opencv()
     assert cv2 is not None
     direct = getattr(cv2, "IMREAD_COLOR_RGB", None)
     try:
@@ -89,45 +215,18 @@ def _decode_pillow(data: np.ndarray) -> np.ndarray | None:
         return None
 
 
-def warp_image(image: np.ndarray, matrix: np.ndarray, fill: int) -> np.ndarray:
-    """Apply an affine map, bilinearly; what lies outside the image has the level ``fill``.
+def normalise_into(image: np.ndarray, out: np.ndarray) -> None:
+    """Make an image what the backbone wants. NumPy's loops let other threads run, so this is for those that decode.
 
     Args:
         image: uint8 ``[S, S, 3]``.
-        matrix: float32 ``[2, 3]``, a row of :func:`partial_fc.data.augment.pixel_matrices`.
-        fill: 0 to 255.
-
-    Returns:
-        uint8 ``[S, S, 3]``.
+        out: float32 ``[3, S, S]``, contiguous; is filled with (level - 127.5) / 127.5.
     """
-    side = image.shape[0]
-    matrix = matrix.astype(np.float64)
-    if cv2 := _opencv():
-        # OpenCV's (0, 0) is the middle of the first pixel, not its corner.
-        matrix[:, 2] += 0.5 * matrix[:, :2].sum(axis=1) - 0.5
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(image, matrix, (side, side), flags=flags, borderValue=(fill, fill, fill))
-    # Pillow doesn't blend pixels at the border with the fill, so there's a border of fill around the image.
-    framed = ImageOps.expand(Image.fromarray(image), border=1, fill=(fill, fill, fill))
-    matrix[:, 2] += 1
-    warped = framed.transform(
-        (side, side),
-        Image.Transform.AFFINE,
-        matrix.ravel().tolist(),
-        resample=Image.Resampling.BILINEAR,
-        fillcolor=(fill, fill, fill),
-    )
-    return np.asarray(warped)
-
-
-def normalise(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """Images as the backbone wants them: uint8 ``[n, S, S, 3]`` -> float32 ``[n, 3, S, S]``, (x - 127.5) / 127.5."""
-    images = torch.from_numpy(pixels)
-    if device.type == "cuda":
-        images = images.pin_memory().to(device, non_blocking=True)
-    elif device.type != "cpu":
-        images = images.to(device)
-    return images.permute(0, 3, 1, 2).contiguous().sub(127.5).div_(127.5)
+    # The planes first: arithmetic on contiguous memory is fast.
+    np.copyto(out, image.transpose(2, 0, 1))
+    middle = np.float32(127.5)
+    np.subtract(out, middle, out=out)
+    np.divide(out, middle, out=out)
 
 
 def decode_images(encoded: Sequence[np.ndarray | bytes], image_size: int, threads: int = 2) -> Tensor:
@@ -142,17 +241,17 @@ def decode_images(encoded: Sequence[np.ndarray | bytes], image_size: int, thread
         float32 ``[n, 3, S, S]``, (x - 127.5) / 127.5, RGB.
 
     Raises:
-        DataError: one of them is no whole image; the message gives its index.
+        ImageError: one of them is no whole image, or one with too many pixels; the message gives its index.
     """
-    pixels = np.empty((len(encoded), image_size, image_size, 3), dtype=np.uint8)
+    images = np.empty((len(encoded), 3, image_size, image_size), dtype=np.float32)
 
     def decode(row: int) -> None:
         try:
-            pixels[row] = decode_image(encoded[row], image_size)
-        except DataError as error:
-            raise DataError(f"image {row} of {len(encoded)}: {error}") from error
+            normalise_into(decode_image(encoded[row], image_size), images[row])
+        except ImageError as error:
+            raise ImageError(error.kind, f"image {row} of {len(encoded)}: {error}") from error
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for _ in pool.map(decode, range(len(encoded))):
             pass
-    return normalise(pixels, torch.device("cpu"))
+    return torch.from_numpy(images)

@@ -6,30 +6,40 @@ from the files once; ``archives`` caches it, and reads images by it without know
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Called with what is done and the total, in bytes (of files) or, for a folder, in files.
+from partial_fc.errors import DataError
+
+# Called with what is done and the total, in bytes (of files) or, for an image folder, in classes.
 Progress = Callable[[int, int], None]
 
 # In the label column: the sample can't be used, and ``faults`` says why.
 UNUSABLE = -1
+# Labels are int64.
+LARGEST_LABEL = (1 << 63) - 1
 # In the length column: an image above this size is a fault of the scan, so lengths fit into int32.
 MAX_IMAGE_BYTES = (1 << 31) - 1
+# So many samples without a usable one: the data set isn't what it's taken for.
+_FIRST = 100
+# A set with more faults is of no use, and their list would take gigabytes.
+_MOST_FAULTS = 1_000_000
 
 
 class Fault(NamedTuple):
     """Why a sample can't be used.
 
     Attributes:
-        kind: ``record`` (its framing is damaged, or the image isn't there), ``label`` (it has no usable label).
+        kind: ``record`` (its framing is damaged, or the image isn't there), ``empty`` (the record is whole, but holds
+            no byte of an image), ``label`` (it has no usable label).
         reason: in words, with the file and the byte offset.
     """
 
-    kind: Literal["record", "label"]
+    kind: Literal["record", "empty", "label"]
     reason: str
 
 
@@ -60,3 +70,67 @@ class Scan:
     def __len__(self) -> int:
         """N, the number of samples."""
         return len(self.label)
+
+
+class TableBuilder:
+    """Makes a table row by row, and gives up early on a data set that can't be what it's taken for.
+
+    Args:
+        advice: what the message then says at its end; called where none of the samples can be used.
+    """
+
+    def __init__(self, advice: Callable[[], str] = str) -> None:
+        self._advice = advice
+        self._columns = (array("i"), array("q"), array("i"), array("q"))
+        self._faults: dict[int, Fault] = {}
+
+    def __len__(self) -> int:
+        """The number of rows so far."""
+        return len(self._columns[3])
+
+    def append(self, file: int, offset: int, length: int, label: int | Fault) -> None:
+        """Add a sample.
+
+        Args:
+            file: index of its file.
+            offset: of its image in bytes.
+            length: of its image in bytes.
+            label: its class, or why it can't be used.
+
+        Raises:
+            DataError: none of the first 100 samples can be used, or more than a million can't.
+        """
+        files, offsets, lengths, labels = self._columns
+        if isinstance(label, Fault):
+            self._faults[len(labels)] = label
+            if len(self._faults) > _MOST_FAULTS:
+                first = next(iter(self._faults.values())).reason
+                raise DataError(f"more than {_MOST_FAULTS} samples can't be used; the first: {first}")
+            label = UNUSABLE
+        files.append(file)
+        offsets.append(offset)
+        lengths.append(length)
+        labels.append(label)
+        if len(labels) == _FIRST:
+            self._check_usable()
+
+    def scan(self) -> Scan:
+        """The table of all samples, of which there has to be one; nothing can be added any more.
+
+        Raises:
+            DataError: none of the samples can be used.
+        """
+        self._check_usable()
+        file, offset, length, label = self._columns
+        return Scan(
+            file=np.frombuffer(file, dtype=np.int32),
+            offset=np.frombuffer(offset, dtype=np.int64),
+            length=np.frombuffer(length, dtype=np.int32),
+            label=np.frombuffer(label, dtype=np.int64),
+            faults=self._faults,
+        )
+
+    def _check_usable(self) -> None:
+        if len(self._faults) == len(self):
+            reason = self._faults[0].reason
+            raise DataError(f"none of the first {len(self)} samples can be used; the first: {reason}{self._advice()}")

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from partial_fc.data.order import SampleOrder
 from partial_fc.data.synthetic import make_dataset
 
 DEADLINE = 180
@@ -93,7 +96,8 @@ def test_metrics_are_served_by_every_rank_while_training(tmp_path: Path, data: P
     code = f"""
 import urllib.request
 from partial_fc.config import load_config
-from partial_fc.train import Trainer, joined_ranks
+from partial_fc.ranks import joined_ranks
+from partial_fc.train import Trainer
 settings = load_config({str(config)!r}, ["metrics.enabled=true", "evaluate.sets=[]"])
 with joined_ranks(settings) as place:
     trainer = Trainer(settings, place)
@@ -131,7 +135,62 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
 
 def test_a_label_out_of_range_stops_all_ranks(tmp_path: Path, data: Path) -> None:
     done = run("train", str(write_config(tmp_path, data)), f"data.num_classes={CLASSES // 2}", ranks=2)
-    assert_one_line(done, "label", f"outside [0, {CLASSES // 2})", "rank")
+    assert_one_line(done, f"data.num_classes: got {CLASSES // 2}", "has the label", f"expected at least {CLASSES}")
+
+
+def run_script(folder: Path, config: Path, change: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Train with something changed in a rank: ``change`` is code that sees ``trainer`` and ``place``."""
+    script = folder / "job.py"
+    script.write_text(f"""
+from partial_fc.cli import _one_line_errors
+from partial_fc.config import load_config
+from partial_fc.errors import DataError
+from partial_fc.ranks import joined_ranks
+from partial_fc.train import Trainer
+with _one_line_errors():
+    settings = load_config({str(config)!r}, ["evaluate.sets=[]", "train.steps=1000", "train.timeout_seconds=200"])
+    with joined_ranks(settings) as place:
+        trainer = Trainer(settings, place)
+        genuine = trainer.stream.next_batch
+{textwrap.indent(textwrap.dedent(change), "        ")}
+        trainer.fit()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+
+def test_a_head_that_meets_a_label_out_of_range_stops_all_ranks(tmp_path: Path, data: Path) -> None:
+    change = f"""
+        def wrong():
+            batch = genuine()
+            if place.rank == 1 and trainer.stream.position > 30:
+                batch.labels[0] = {CLASSES}
+            return batch
+        trainer.stream.next_batch = wrong
+    """
+    done = run_script(tmp_path, write_config(tmp_path, data), change, ranks=2)
+    assert_one_line(done, "label", f"outside [0, {CLASSES})", "rank 1")
+
+
+def test_data_that_fail_on_one_rank_stop_all_ranks_at_that_step(tmp_path: Path, data: Path) -> None:
+    """The others don't wait for the group's timeout, nor find out by a lost connection."""
+    change = """
+        def failing():
+            if place.rank == 1 and trainer.stream.position > 30:
+                raise DataError("train.rec: the disk is gone")
+            return genuine()
+        trainer.stream.next_batch = failing
+        raised = trainer._raise_data_failure
+        def say():
+            print("stops at", trainer.stream.position, flush=True)
+            raised()
+        trainer._raise_data_failure = say
+    """
+    done = run_script(tmp_path, write_config(tmp_path, data), change, ranks=2)
+    assert_one_line(done, "rank 1: train.rec: the disk is gone")
+    assert done.stdout.count("stops at") == 2
+    assert "another rank is gone" not in done.stderr
 
 
 def test_an_embedding_that_is_not_finite_stops_all_ranks(tmp_path: Path, data: Path) -> None:
@@ -179,7 +238,9 @@ def test_a_corrupt_image_is_replaced_and_counted(tmp_path: Path, data: Path) -> 
     options = ["train.steps=12", "evaluate.sets=[]"]
     done = run("train", str(write_config(tmp_path, tmp_path / "copy")), *options, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "sample 1 takes its place" in done.stderr
+    order = SampleOrder(4 * CLASSES, seed=0).sample_ids(np.arange(200))
+    first = int(np.argmax(order == 0))
+    assert f"sample 0 can't be used (image), sample {order[first + 1]} takes its place" in done.stderr
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from partial_fc.data import dali
+from partial_fc.data.archives import open_archive
 from partial_fc.data.augment import Augmentation
-from partial_fc.data.dali import DaliStream, dali_available, define_pipeline, open_stream
+from partial_fc.data.dali import DaliStream, dali_available, open_stream
 from partial_fc.data.order import SampleOrder
-from partial_fc.data.readers import RecordReader
+from partial_fc.data.pipeline import define_pipeline
+from partial_fc.data.sources import Sources
 from partial_fc.data.stream import PythonStream, SampleStream
 from partial_fc.errors import ConfigError, DataError
 from tests import records
@@ -28,7 +30,7 @@ def image(seed: int, height: int = SIDE, width: int = SIDE) -> bytes:
     return records.encode(records.smooth_image(seed, height, width), quality=90)
 
 
-def data_set(folder: Path, bad: dict[int, bytes] | None = None) -> RecordReader:
+def data_set(folder: Path, bad: dict[int, bytes] | None = None) -> Sources:
     """24 images, two of another size and one in parts; some replaced by other bytes."""
     images = [image(i) for i in range(24)]
     images[3], images[4] = image(3, 150, 100), records.encode(records.smooth_image(4, 40, 40), "PNG")
@@ -36,10 +38,10 @@ def data_set(folder: Path, bad: dict[int, bytes] | None = None) -> RecordReader:
     images[7] += padding + np.uint32(records.MAGIC).tobytes() + b"tail"
     for sample, data in (bad or {}).items():
         images[sample] = data
-    return RecordReader(records.write_new(folder, images, list(range(24)), classes=24))
+    return Sources([open_archive(records.write_new(folder, images, list(range(24)), classes=24))])
 
 
-def open_(kind: str, reader: RecordReader, rank: int = 0, world_size: int = 1, **changes) -> SampleStream:
+def open_(kind: str, reader: Sources, rank: int = 0, world_size: int = 1, **changes) -> SampleStream:
     options = dict(batch_size=8, image_size=SIDE, augmentation=Augmentation(), seed=4, min_samples=10**6)
     options |= dict(rank=rank, world_size=world_size)
     return open_stream(kind, reader, SampleOrder(len(reader), seed=1), **(options | changes))
@@ -101,7 +103,7 @@ def test_bad_samples_are_replaced_as_in_the_plain_decoder(tmp_path: Path, caplog
 
 @needs_dali
 def test_a_failure_of_the_data_set_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shrunk(ids: np.ndarray) -> None:
+    def shrunk(*_: np.ndarray) -> None:
         raise DataError("train.rec: shrank while in use")
 
     with open_("dali", data_set(tmp_path)) as mine:
@@ -183,8 +185,8 @@ def test_dali_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @needs_dali
 @pytest.mark.skipif(not records.OMNIGLOT.is_dir(), reason="the Omniglot files are not beside the repository")
-def test_omniglot() -> None:
-    reader = RecordReader(records.OMNIGLOT)
+def test_omniglot(tmp_path: Path) -> None:
+    reader = Sources([open_archive(records.OMNIGLOT, cache=tmp_path)])
     options = dict(batch_size=32, image_size=112, augmentation=AFFINE)
     with open_("dali", reader, **options) as mine:
         assert_same_batches(mine, open_("python", reader, **options), steps=2)

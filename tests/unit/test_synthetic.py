@@ -17,7 +17,7 @@ from partial_fc.data import synthetic
 from partial_fc.data.faces import Painter
 from partial_fc.data.synthetic import make_dataset
 from partial_fc.errors import ConfigError, DataError
-from tests.unit.test_prepare import parse
+from tests.unit.test_writers import parse
 
 TINY = {"identities": 10, "images_per_identity": 3, "validation_identities": 8, "pairs": 40, "image_size": 32}
 FILES = ["demo_val.bin", "property", "train.idx", "train.rec"]

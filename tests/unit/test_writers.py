@@ -1,12 +1,14 @@
-"""The RecordIO writer, against a parse written from the format's description."""
+"""The writers, against a parse written from RecordIO's description, and against Python's ``tarfile``."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -14,7 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partial_fc.data.writers import RecordWriter, frame_record
+from partial_fc.data.writers import (
+    PlainRecordWriter,
+    RecordWriter,
+    ShardWriter,
+    frame_record,
+    image_ending,
+    partial_name,
+    tar_header,
+)
 from partial_fc.errors import DataError
 
 MAGIC = 0xCED7230A
@@ -185,3 +195,124 @@ def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
     write(tmp_path)
     assert len(parse(tmp_path)[0]) == 6 + 3 + 1
     assert sorted(os.listdir(tmp_path)) == ["property", "train.idx", "train.rec"]
+
+
+def test_a_label_that_readers_refuse_is_not_written(tmp_path: Path) -> None:
+    plain = PlainRecordWriter(tmp_path)
+    for label in (-1, 2**24):
+        with pytest.raises(
+            DataError, match=rf"sample 7: label {label}, expected one from 0 to 16777215, .* WebDataset"
+        ):
+            plain.write(7, b"x", label)
+    plain.write(7, b"x", 2**24 - 1)
+    plain.close()
+
+
+def test_plain_layout(tmp_path: Path) -> None:
+    writer = PlainRecordWriter(tmp_path, name="some")
+    images, labels = [b"jpeg", b"1234" + WORD + b"56", b"\xff" * 7], [5, 0, 5]
+    for image, label in zip(images, labels, strict=True):
+        writer.write(99, image, label)
+    assert writer.finish() == {"images": 3, "rec": writer.written - 14, "idx": 14}
+    writer.close()
+    assert writer.names() == ["some.rec", "some.idx"]
+    for name in writer.names():
+        os.rename(tmp_path / partial_name(name), tmp_path / name.replace("some", "train"))
+    records, order = parse(tmp_path)
+    assert order == [0, 1, 2]
+    assert [records[key] for key in order] == [(0, (labels[key],), key, images[key]) for key in order]
+
+
+@pytest.mark.parametrize("kind", ["plain", "shards"])
+def test_a_resumed_writer_forgets_what_came_after_the_state(kind: str, tmp_path: Path) -> None:
+    def open_(folder: Path, state: dict[str, int] | None = None) -> PlainRecordWriter | ShardWriter:
+        folder.mkdir(exist_ok=True)
+        if kind == "plain":
+            return PlainRecordWriter(folder, state=state)
+        return ShardWriter(folder, shard_size=3, state=state)
+
+    def write(writer: PlainRecordWriter | ShardWriter, first: int, last: int) -> None:
+        for number in range(first, last):
+            writer.write(number, b"\xff\xd8" + bytes(number), number)
+
+    whole = open_(tmp_path / "whole")
+    write(whole, 0, 8)
+    whole.finish()
+    whole.close()
+    for at in range(9):
+        folder = tmp_path / str(at)
+        first = open_(folder)
+        write(first, 0, at)
+        state = first.sync()
+        write(first, at, 8)
+        first.finish()
+        first.close()
+        second = open_(folder, state)
+        write(second, at, 8)
+        assert second.finish() and second.names() == whole.names() and second.written == whole.written
+        second.close()
+        for name in map(partial_name, whole.names()):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_files_that_were_cut_or_lost_are_not_gone_on_with(size: int, tmp_path: Path) -> None:
+    (tmp_path / "train.rec.partial").write_bytes(bytes(size))
+    with pytest.raises(DataError, match=rf"train\.rec\.partial: {size} bytes, expected the 40 that were written"):
+        PlainRecordWriter(tmp_path, state={"images": 1, "rec": 40, "idx": 4})
+    (tmp_path / "train-000000.tar.partial").write_bytes(bytes(size))
+    with pytest.raises(DataError, match=f"2 shards of {size} bytes, expected 20480"):
+        ShardWriter(tmp_path, state={"shards": 2, "complete_bytes": 20480, "open_samples": 0, "open_bytes": 0})
+    with pytest.raises(DataError, match=rf"tar\.partial: {size} bytes, expected the 2048 that were written"):
+        ShardWriter(tmp_path, state={"shards": 0, "complete_bytes": 0, "open_samples": 1, "open_bytes": 2048})
+
+
+def test_shards_are_whole_tar_archives(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, name="some", shard_size=2)
+    images = [b"\xff\xd8 jpeg", b"\x89PNG" + bytes(508), b"RIFF\1\2\3\4WEBPVP8 ", b"BM", b"P6 1 1"]
+    with pytest.raises(
+        DataError, match=r"sample 3: an image that begins with b'GIF89a' has no place in a shard: encode"
+    ):
+        writer.write(3, b"GIF89a", 0)
+    for number, image in enumerate(images):
+        writer.write(10**9 * number, image, 10**12 + number)
+    writer.finish()
+    writer.close()
+    assert writer.names() == ["some-000000.tar", "some-000001.tar", "some-000002.tar"]
+    found = []
+    for name in writer.names():
+        data = (tmp_path / partial_name(name)).read_bytes()
+        assert len(data) % 10240 == 0 and data.endswith(bytes(1024))
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            found += [(member, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    assert [member.name for member, _ in found[::2]] == [
+        f"{key}.{ending}"
+        for key, ending in zip(
+            ("000000000", "1000000000", "2000000000", "3000000000", "4000000000"),
+            ("jpg", "png", "webp", "bmp", "ppm"),
+            strict=True,
+        )
+    ]
+    assert [data for _, data in found[::2]] == images
+    assert [(member.name[-4:], data) for member, data in found[1::2]] == [
+        (".cls", str(10**12 + number).encode()) for number in range(5)
+    ]
+
+
+@given(st.integers(0, 8**11 - 1), st.from_regex("[abz/._09]{0,99}[a9]", fullmatch=True))
+def test_tar_headers_are_those_of_tarfile(size: int, name: str) -> None:
+    header = tar_header(name, size)
+    member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+    assert (member.name, member.size) == (name, size)
+    assert (member.mode, member.mtime, member.uid, member.gid) == (0o644, 0, 0, 0)
+    assert (member.uname, member.gname, member.linkname) == ("", "", "")
+    expected = tarfile.TarInfo(name)
+    expected.size = size
+    theirs = expected.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    # The device's numbers (empty, or zeros) differ between releases of Python, and so does the sum.
+    assert header[:148] + header[156:329] + header[345:] == theirs[:148] + theirs[156:329] + theirs[345:]
+
+
+def test_endings_of_images() -> None:
+    begins = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r": "png", b"RIFFxxxxWEBP": "webp", b"RIFFxxxxWAVE": None, b"": None}
+    assert {begin: image_ending(begin) for begin in begins} == begins

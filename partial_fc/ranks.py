@@ -1,0 +1,102 @@
+"""The ranks of a job: joining them, and doing things so that a failure of one is raised by all."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from partial_fc import build
+from partial_fc.build import Place
+from partial_fc.config import Config
+from partial_fc.errors import ConfigError, DataError, PartialFCError
+
+T = TypeVar("T")
+
+# While some ranks do something long, the others hear from them this often: well below any timeout.
+_BEAT_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def joined_ranks(config: Config) -> Iterator[Place]:
+    """Join the ranks that torchrun started (or be the only one), and leave them at the end."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        device = build.choose_device(config, local_rank)
+    except ConfigError as error:
+        # Local rank 0 may have found its GPU.
+        error.rank = rank
+        raise
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    place = Place(rank, world_size, local_rank, device)
+    if "RANK" not in os.environ:
+        yield place
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout_seconds))
+    yield place
+    # A process that ends while others still talk to it can abort in gloo's teardown.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Do something on every rank; where it fails on one, every rank raises that rank's error, and none waits."""
+    result, failure = None, None
+    try:
+        result = action()
+    except PartialFCError as error:
+        failure = error
+    except OSError as error:
+        failure = DataError(f"{error.filename}: {error.strerror}: check the path and its permissions")
+    failures: list[PartialFCError | None] = [failure]
+    if dist.is_initialized():
+        failures *= dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    for rank, other in enumerate(failures):
+        if other is not None:
+            raise type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}") from failure
+    return result  # type: ignore[return-value]
+
+
+def agreed_while(action: Callable[[], T], *, mine: bool) -> T | None:
+    """Do something long on some of the ranks; the others wait for them, without running into the group's timeout.
+
+    Args:
+        action: what is done, in a thread.
+        mine: whether this rank does it.
+
+    Returns:
+        The action's result where this rank did it, else None.
+
+    Raises:
+        PartialFCError: on every rank, seconds after it failed on one.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="agreed")
+    future = pool.submit(action) if mine else None
+    pool.shutdown(wait=False)
+    states = ["working"]
+    while "working" in states and "failed" not in states:
+        state = "done"
+        if future is None:
+            time.sleep(_BEAT_SECONDS if len(states) > 1 else 0)
+        else:
+            concurrent.futures.wait([future], timeout=_BEAT_SECONDS)
+            state = "working" if not future.done() else "failed" if future.exception() else "done"
+        states = [state]
+        if dist.is_initialized():
+            states *= dist.get_world_size()
+            dist.all_gather_object(states, state)
+    if future is not None and not future.done():
+        return agreed(lambda: None)
+    return agreed(lambda: future.result() if future is not None else None)
