@@ -53,8 +53,6 @@ def run_prepare(
 
 
 def _say_prepared(report: PrepareReport) -> None:
-    if report.outcome == "complete":
-        print(f"{report.destination} is complete already: nothing was done")
     copied = report.written - report.reencoded
     print(
         f"{report.written:,} of {report.samples:,} images of {report.num_classes:,} classes in {report.destination} "

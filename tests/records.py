@@ -10,6 +10,17 @@ import numpy as np
 from PIL import Image
 
 MAGIC = 0xCED7230A
+WORD = struct.pack("<I", MAGIC)
+# The magic word at a multiple of 4 bytes splits a record; at 2 it doesn't. Lengths that need and don't need padding.
+SPLIT_IMAGES = [
+    b"first",
+    b"abcd" + WORD + b"efgh",
+    b"xy" + WORD + b"z",
+    WORD,
+    b"mn12" + WORD + WORD + b"end",
+    b"12345678",
+]
+SPLIT_LABELS = [0, 0, 1, 1, 2, 2]
 OMNIGLOT = Path(__file__).parents[1] / ".." / "shared" / "data" / "omniglot"
 
 

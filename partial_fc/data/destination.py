@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from partial_fc.data.writers import partial_name, sync_folder
+from partial_fc.data.files import sync_folder
+from partial_fc.data.writers import partial_name
 from partial_fc.errors import ConfigError, DataError
 
 logger = logging.getLogger("partial_fc.data")

@@ -139,8 +139,9 @@ class GoodSamples:
                 if sample != first:
                     rows.bad[row] = first
                 return found[2]
+        searched = min(_SEARCH, len(self._sources))
         raise DataError(
-            f"{self._sources.path}: none of the {_SEARCH} samples from position {position} on can be used; "
+            f"{self._sources.path}: none of the {searched} samples from position {position} on can be used; "
             f"{self._sources.locate(first)}: {self._known[first][1]}"
         )
 

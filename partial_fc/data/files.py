@@ -52,6 +52,14 @@ def map_file(path: Path) -> np.ndarray:
     return _map(path)[1]
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none; mapping it says what is wrong with it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 class MappedFiles:
     """The bytes of many files, of which the ones used last stay mapped into memory. For several threads at once.
 
@@ -364,3 +372,12 @@ def read_class_names(path: Path) -> list[str] | None:
     if not path.exists():
         return None
     return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

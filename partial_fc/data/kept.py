@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from partial_fc.data.files import Found, Names, read_class_names, read_property
+from partial_fc.data.files import Found, Names, read_class_names, read_property, sync_folder
 from partial_fc.data.folder import scan_folder
 from partial_fc.data.recordio import scan_recordio
 from partial_fc.data.table import UNUSABLE, Fault, Progress, Scan
@@ -289,9 +289,9 @@ def keep_arrays(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[s
         with open(fresh / "table.json", "x") as text:
             json.dump(facts, text)
             _flush(text)
-        _flush_folder(fresh)
+        sync_folder(fresh)
         _replace_folder(fresh, folder)
-        _flush_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -342,11 +342,3 @@ def _replace_folder(fresh: Path, folder: Path) -> None:
 def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

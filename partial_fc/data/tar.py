@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from partial_fc.data.files import map_file
+from partial_fc.data.files import file_size, map_file
 from partial_fc.data.table import Progress, Scan
 from partial_fc.data.webdataset import Member, Samples
 from partial_fc.errors import DataError
@@ -55,7 +55,7 @@ def scan_tars(paths: Sequence[Path], progress: Progress | None = None) -> Scan:
             used.
     """
     samples = Samples(paths)
-    total = sum(_size(path) for path in paths) if progress else 0
+    total = sum(map(file_size, paths)) if progress else 0
     before = 0
     for file, path in enumerate(paths):
         archive = _Archive(path)
@@ -67,13 +67,6 @@ def scan_tars(paths: Sequence[Path], progress: Progress | None = None) -> Scan:
         samples.close_sample()
         before += len(archive.view)
     return samples.scan()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # mapping the file says what is wrong with it
 
 
 class _Archive:

@@ -26,7 +26,7 @@ from partial_fc.data.example import (
     list_of,
     read_label,
 )
-from partial_fc.data.files import map_file
+from partial_fc.data.files import file_size, map_file
 from partial_fc.data.table import MAX_IMAGE_BYTES, Fault, Progress, Scan, TableBuilder
 from partial_fc.errors import DataError
 
@@ -72,7 +72,7 @@ def scan_tfrecords(
             features; or none of the first 100 samples can be used.
     """
     samples = _Samples(paths, image_key, label_key)
-    total = sum(_size(path) for path in paths) if progress else 0
+    total = sum(map(file_size, paths)) if progress else 0
     done = 0
     for file, path in enumerate(paths):
         data = map_file(path)
@@ -119,13 +119,6 @@ def check_data(data: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np
     """
     told = data[(offsets + lengths)[:, None] + np.arange(4)].view("<u4")[:, 0]
     return masked(crc_of_pieces(data, offsets, lengths)) == told
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # mapping the file says what is wrong with it
 
 
 def _records(path: Path, data: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

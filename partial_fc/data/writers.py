@@ -73,15 +73,6 @@ def commit_file(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def partial_name(file_name: str) -> str:
     """What a file is called until it is complete."""
     return f"{file_name}.partial"

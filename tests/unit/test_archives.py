@@ -22,16 +22,8 @@ from partial_fc.data.table import UNUSABLE
 from partial_fc.errors import ConfigError, DataError
 from tests import records
 
-MAGIC = struct.pack("<I", records.MAGIC)
-IMAGES = [
-    b"first",
-    b"abcd" + MAGIC + b"efgh",
-    b"xy" + MAGIC + b"z",
-    MAGIC,
-    b"mn12" + MAGIC + MAGIC + b"end",
-    b"12345678",
-]
-LABELS = [0, 0, 1, 1, 2, 2]
+MAGIC = records.WORD
+IMAGES, LABELS = records.SPLIT_IMAGES, records.SPLIT_LABELS
 
 
 def contents(archive: Archive) -> tuple[list[bytes], list[int]]:

@@ -15,17 +15,8 @@ from partial_fc.data.table import UNUSABLE, Scan
 from partial_fc.errors import DataError
 from tests import records
 
-MAGIC = struct.pack("<I", records.MAGIC)
-# The magic word at a multiple of 4 bytes splits a record; at 2 it doesn't. Lengths that need and don't need padding.
-IMAGES = [
-    b"first",
-    b"abcd" + MAGIC + b"efgh",
-    b"xy" + MAGIC + b"z",
-    MAGIC,
-    b"mn12" + MAGIC + MAGIC + b"end",
-    b"12345678",
-]
-LABELS = [0, 0, 1, 1, 2, 2]
+MAGIC = records.WORD
+IMAGES, LABELS = records.SPLIT_IMAGES, records.SPLIT_LABELS
 
 
 def scan(folder: Path) -> Scan:
