@@ -97,7 +97,11 @@ def chosen(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def prepare(data: Path | None, folder: Path) -> tuple[Path, int, str]:
-    """The ``.rec`` file, read once so that the page cache holds it; its number of images; and what it is."""
+    """The ``.rec`` file, read once so that the page cache holds it; its number of images; and what it is.
+
+    Raises:
+        SystemExit: the file or its index isn't there.
+    """
     if data is None:
         # No pairs are verified; the fewest that can be written.
         make_dataset(
@@ -105,11 +109,14 @@ def prepare(data: Path | None, folder: Path) -> tuple[Path, int, str]:
         )
         data = folder
     record = data / "train.rec" if data.is_dir() else data
+    for path in (record, record.with_suffix(".idx")):
+        if not path.is_file():
+            raise SystemExit(f"{path} isn't there: set --data to a folder with train.rec and train.idx, or to a .rec")
     count = write_image_index(record, folder / "images.idx")
     with open(record, "rb") as file:
         while file.read(1 << 24):
             pass
-    what = "drawn" if data == folder else str(data)
+    what = "drawn" if data == folder else data.resolve().name
     return record, count, f"{what}, {count:,} images, {record.stat().st_size / count / 1000:.1f} kB an image"
 
 
@@ -235,8 +242,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     colours = [_COLOURS[name.split("-")[0]] for name in rounds]
     figure, panels = plt.subplots(1, 2, figsize=(11, 1.3 + 0.45 * len(rounds)), sharey=True)
     for panel, key, label, form in (
-        (panels[0], "images_per_second", "images a second (more is better)", "{:,.0f}"),
-        (panels[1], "cpu_microseconds", "CPU time an image, microseconds (less is better)", "{:.0f}"),
+        (panels[0], "images_per_second", "images a second: median, least to most", "{:,.0f}"),
+        (panels[1], "cpu_microseconds", "CPU time an image, microseconds: median, least to most", "{:.0f}"),
     ):
         middle, least, most = zip(*(spread(of_one, key) for of_one in rounds.values()), strict=True)
         below, above = ([abs(a - b) for a, b in zip(middle, ends, strict=True)] for ends in (least, most))

@@ -216,7 +216,10 @@ def _wrong_labels(
                 "are float32, which isn't exact from 2**24 on: the classes are lost here, so write the data set as "
                 "WebDataset or TFRecord from its source"
             )
-    return whole & ~((values >= 0) & (values < (declared or _FLOAT32_EXACT)) & (values == np.floor(values)))
+    # Comparisons with NaN are False, and quiet; floor of one is not.
+    with np.errstate(invalid="ignore"):
+        integers = values == np.floor(values)
+    return whole & ~((values >= 0) & (values < (declared or _FLOAT32_EXACT)) & integers)
 
 
 def _joined(data: np.ndarray, offset: int, limit: int) -> tuple[np.ndarray, int, int]:
