@@ -39,6 +39,10 @@ def dali_available() -> bool:
         return False
 
 
+class _OtherSize(RuntimeError):
+    """A batch has an image that isn't of the stream's size: the pipeline has to be one that resizes."""
+
+
 class DaliStream(SampleStream):
     """The stream with images decoded by DALI; its arguments are those of :class:`SampleStream`.
 
@@ -51,6 +55,8 @@ class DaliStream(SampleStream):
     _pool: ThreadPoolExecutor | None = None
     _failure: BaseException | None = None
     _unexplained = 0
+    # Until a batch with an image of another size comes.
+    _resizes = False
 
     def _produce(self, position: int) -> tuple[Tensor, Rows]:
         while True:
@@ -62,6 +68,9 @@ class DaliStream(SampleStream):
                 # What the source raised comes back from DALI as an error of its own.
                 failure = self._failure
                 self.close()
+                if isinstance(failure, _OtherSize):
+                    self._resizes = True
+                    continue
                 if failure is not None:
                     raise failure from None
                 # With the bad samples known, DALI is started anew at the same batch.
@@ -118,6 +127,7 @@ class DaliStream(SampleStream):
             threads=self._threads,
             prefetch=self._prefetch,
             device_id=device_id,
+            resize=self._resizes,
         )
         try:
             pipeline.build()
@@ -134,12 +144,18 @@ class DaliStream(SampleStream):
             at = position + ahead * self.batch_size
             if at not in self._reading:
                 self._reading[at] = self._pool.submit(self._read, at + self._rows, self._sample_ids(at))
-        return self._reading.pop(position).result()
+        rows, inputs = self._reading.pop(position).result()
+        if rows.resized and not self._resizes:
+            raise _OtherSize
+        return rows, inputs
 
     def _read(self, positions: np.ndarray, ids: np.ndarray) -> tuple[Rows, tuple[Any, ...]]:
         rows = self._samples.read(positions, ids)
         parameters = self._augmentation.parameters(self._seed, positions)
-        return rows, (rows.encoded, *pipeline_inputs(self._augmentation, parameters, self.image_size))
+        # As one object with many pointers, made here: a list is walked in the main thread, at 2 us an image.
+        backend: Any = importlib.import_module("nvidia.dali.backend")
+        encoded = backend.TensorListCPU([backend.TensorCPU(image) for image in rows.encoded], contiguous=False)
+        return rows, (encoded, *pipeline_inputs(self._augmentation, parameters, self.image_size))
 
     def _decode_plainly(self, position: int, error: BaseException) -> tuple[Tensor, Rows]:
         """Decode the batch that DALI failed at, though its images are good, with the plain decoder."""

@@ -61,7 +61,12 @@ def opencv() -> ModuleType | None:
 
 
 def inspect_encoded(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[FaultKind, str] | None:
-    """Say what shows to be wrong with an encoded image without decoding it.
+    """Say what shows to be wrong with an encoded image without decoding it: the first part of :func:`look_at`."""
+    return look_at(data, max_pixels)[0]
+
+
+def look_at(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[tuple[FaultKind, str] | None, int, int]:
+    """Say what shows of an encoded image without decoding it: what is wrong with it, and its size.
 
     Its size is read from the header of a JPEG, PNG, GIF, BMP or WebP file; nothing is said of other formats, nor of a
     header that makes no sense, which the decoder will refuse. Releases of the JPEG libraries differ in what they make
@@ -73,21 +78,23 @@ def inspect_encoded(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[Fau
         max_pixels: largest width x height that is put up with.
 
     Returns:
-        The kind of fault (see :class:`ImageError`), and the reason in words; None where nothing shows.
+        The kind of fault (see :class:`ImageError`) and the reason in words, or None where nothing shows; width and
+        height in pixels, 0 where the header doesn't tell.
     """
     raw = data.tobytes()
     if len(raw) < 8:
-        return "image" if raw else "empty", f"{len(raw)} bytes are no image: copy the data again"
+        return ("image" if raw else "empty", f"{len(raw)} bytes are no image: copy the data again"), 0, 0
     if raw.startswith(b"\xff\xd8"):
         header, width, height = _jpeg_size(raw)
         if not raw.endswith(_END_OF_IMAGE) and raw.rfind(_END_OF_IMAGE, header) < 0:
-            return "image", f"the JPEG of {len(raw)} bytes is truncated (no end marker): copy the data again"
+            reason = f"the JPEG of {len(raw)} bytes is truncated (no end marker): copy the data again"
+            return ("image", reason), width, height
     else:
         width, height = _size(raw)
     if width * height > max_pixels:
         reason = f"{width} x {height} pixels, at most {max_pixels} are decoded"
-        return "oversized", f"{reason}: shrink the image, or raise data.max_image_pixels"
-    return None
+        return ("oversized", f"{reason}: shrink the image, or raise data.max_image_pixels"), width, height
+    return None, width, height
 
 
 def _jpeg_size(raw: bytes) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from partial_fc.data.augment import Augmentation
-from partial_fc.data.decode import ImageError, decode_image, inspect_encoded
+from partial_fc.data.decode import ImageError, decode_image, look_at
 from partial_fc.data.order import Order
 from partial_fc.data.sources import Sources
 from partial_fc.data.table import UNUSABLE
@@ -41,6 +41,7 @@ class Rows:
         labels: int64 ``[n]``.
         encoded: n encoded images.
         bad: the samples that were replaced, by their row.
+        resized: whether one of the images isn't ``S x S``, or doesn't tell its size.
     """
 
     positions: np.ndarray
@@ -48,6 +49,7 @@ class Rows:
     labels: np.ndarray
     encoded: list[np.ndarray]
     bad: dict[int, int] = field(default_factory=dict)
+    resized: bool = False
 
 
 class GoodSamples:
@@ -74,7 +76,7 @@ class GoodSamples:
     ) -> None:
         self.errors: Counter[str] = Counter()
         self._sources, self._order = sources, order
-        self._image_size, self._max_pixels = image_size, max_image_pixels
+        self._size, self._max_pixels = (image_size, image_size), max_image_pixels
         self._max_bad_share = max_bad_share
         self._min_samples = min_samples
         self._consumed = 0
@@ -105,9 +107,7 @@ class GoodSamples:
                     rows.encoded[row] = data
             else:
                 rows.encoded = self._sources.encoded(ids)
-            suspects.update(
-                row for row, data in enumerate(rows.encoded) if inspect_encoded(data, self._max_pixels) is not None
-            )
+            suspects.update(self._look_at(rows))
         except DataError:
             # One or more of the records; each is then looked at by itself.
             rows.encoded = [np.empty(0, dtype=np.uint8)] * len(ids)
@@ -136,6 +136,7 @@ class GoodSamples:
         for sample in self._candidates(first, position):
             if sample not in self._known and (found := self._open(sample)) is not None:
                 rows.ids[row], rows.labels[row], rows.encoded[row] = sample, found[0], found[1]
+                rows.resized |= look_at(found[1], self._max_pixels)[1:] != self._size
                 if sample != first:
                     rows.bad[row] = first
                 return found[2]
@@ -159,7 +160,7 @@ class GoodSamples:
         images = []
         for row, encoded in enumerate(rows.encoded):
             try:
-                image = decode_image(encoded, self._image_size)
+                image = decode_image(encoded, self._size[0])
             except ImageError:
                 image = self.replace(rows, row)
             images.append(augment_image(image, augmentation, parameters[row]))
@@ -187,6 +188,15 @@ class GoodSamples:
                 f"{self._max_bad_share:.3g} of them may: copy the data again, or raise data.max_bad_share"
             )
 
+    def _look_at(self, rows: Rows) -> Iterator[int]:
+        """Rows with an image that shows to be bad; says in ``rows.resized`` what the others are like."""
+        for row, data in enumerate(rows.encoded):
+            fault, width, height = look_at(data, self._max_pixels)
+            if fault is not None:
+                yield row
+            elif (width, height) != self._size:
+                rows.resized = True
+
     def _candidates(self, first: int, position: int) -> Iterator[int]:
         """The sample itself, then those of the positions behind it."""
         yield first
@@ -197,8 +207,8 @@ class GoodSamples:
 
     def _open(self, sample: int) -> tuple[int, np.ndarray, np.ndarray] | None:
         """Read and decode one sample: label, encoded image, image; None where that fails, which is then known."""
-        if (fault := self._sources.fault(sample)) is not None:
-            self._known[sample] = fault.kind, fault.reason
+        if (known := self._sources.fault(sample)) is not None:
+            self._known[sample] = known.kind, known.reason
             return None
         ids = np.array([sample])
         try:
@@ -207,9 +217,9 @@ class GoodSamples:
             self._known[sample] = "record", str(error)
             return None
         try:
-            if found := inspect_encoded(encoded, self._max_pixels):
-                raise ImageError(*found)
-            image = decode_image(encoded, self._image_size)
+            if fault := look_at(encoded, self._max_pixels)[0]:
+                raise ImageError(*fault)
+            image = decode_image(encoded, self._size[0])
         except ImageError as error:
             self._known[sample] = error.kind, f"{self._sources.locate(sample)}: {error}"
             return None

@@ -75,6 +75,7 @@ def define_pipeline(
     threads: int,
     prefetch: int,
     device_id: int | None,
+    resize: bool = True,
 ) -> Any:
     """Define the DALI pipeline, without building it (which alone needs the device).
 
@@ -82,11 +83,13 @@ def define_pipeline(
         source: function of a DALI ``BatchInfo``, giving b encoded images (uint8), and behind them the arrays of
             :func:`pipeline_inputs`.
         batch_size: b.
-        image_size: S; images of another size are resized.
+        image_size: S.
         augmentation: what may happen to the images.
         threads: decoding threads on the CPU.
         prefetch: how many batches DALI runs ahead.
         device_id: the GPU; None: the CPU.
+        resize: whether images of another size are resized. To ask each for its size takes a twentieth of the time of
+            its decoding; without, they must all be ``S x S``.
 
     Returns:
         A ``nvidia.dali.Pipeline`` with one output, float32 ``[b, 3, S, S]``, RGB, (level - 127.5) / 127.5.
@@ -117,6 +120,8 @@ def define_pipeline(
             ndim=[1] + [array.ndim - 1 for array in inputs],
         )
         images = _decoded(fn, types, encoded, image_size, on_gpu=device_id is not None)
+        if resize:
+            images = _resized(fn, types, images, encoded, image_size)
         given = iter(others)
         images = _moved(fn, types, images, augmentation, given, image_size)
         images = _degraded(fn, types, images, augmentation, given, image_size)
@@ -132,10 +137,10 @@ def define_pipeline(
 
 
 def _decoded(fn: Any, types: Any, encoded: Any, side: int, on_gpu: bool) -> Any:
-    """Decode, and resize images of another size, by a filter that is bilinear and antialiased."""
+    """Decode."""
     if on_gpu:
         # The chroma is interpolated as on the CPU; the hints are for the hardware's decoder.
-        images = fn.decoders.image(
+        return fn.decoders.image(
             encoded,
             device="mixed",
             output_type=types.RGB,
@@ -143,8 +148,11 @@ def _decoded(fn: Any, types: Any, encoded: Any, side: int, on_gpu: bool) -> Any:
             preallocate_width_hint=side,
             preallocate_height_hint=side,
         )
-    else:
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+
+def _resized(fn: Any, types: Any, images: Any, encoded: Any, side: int) -> Any:
+    """Resize images of another size, by a filter that is bilinear and antialiased."""
     shape = fn.peek_image_shape(encoded)
     if (shape[0] != side) | (shape[1] != side):
         images = fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
