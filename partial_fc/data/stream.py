@@ -5,6 +5,7 @@ Legend: B global batch, b this rank's part of it, S side of the images in pixels
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -176,8 +177,9 @@ class SampleStream(ABC):
 class Uploads:
     """Brings batches to a GPU, or, where the device is the CPU, has them normalised where they are decoded.
 
-    To a GPU go levels, a quarter of the bytes, from pinned memory that is used again, on a stream of its own beside the
-    computation; they're normalised there.
+    To a GPU go levels, a quarter of the bytes, from pinned memory, on a stream of its own beside the computation;
+    they're normalised there. Memory is used again once nobody has its batch any more: new memory for each batch would
+    cost a tenth of the time in page faults, and its pieces would pile up.
 
     Args:
         device: where the images go.
@@ -190,12 +192,21 @@ class Uploads:
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         # Pinned memory, and what tells that its last batch has left it.
         self._used: deque[tuple[Tensor, Any]] = deque()
+        # Of the CPU.
+        self._free: deque[np.ndarray] = deque()
 
     def buffer(self) -> Tensor:
         """What a batch is decoded into: uint8 ``[b, S, S, 3]`` for a GPU, else float32 ``[b, 3, S, S]``."""
         if not self._cuda:
             b, height, width, channels = self._shape
-            return torch.empty(b, channels, height, width)
+            try:
+                memory = self._free.popleft()
+            except IndexError:
+                memory = np.empty((b, channels, height, width), dtype=np.float32)
+            # The tensor's storage holds this view, and nothing else does.
+            view = memory.view()
+            weakref.finalize(view, self._free.append, memory).atexit = False
+            return torch.from_numpy(view)
         if self._used and self._used[0][1].query():
             return self._used.popleft()[0]
         return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)

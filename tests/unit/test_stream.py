@@ -130,6 +130,24 @@ def test_threads_readers_and_prefetch_change_nothing(tmp_path: Path) -> None:
         assert_same(global_batches(sources, 2, 3, position=16, threads=1, readers=1, **options), expected[2:])
 
 
+def test_memory_is_used_again_once_nobody_has_its_batch(tmp_path: Path) -> None:
+    sources = data_set(tmp_path)
+    with stream(sources) as mine, stream(sources) as theirs:
+        assert len({mine.next_batch().images.data_ptr() for _ in range(30)}) <= 6
+        mine.seek(0)
+        held = [mine.next_batch().images for _ in range(6)]
+        layer = torch.nn.Conv2d(3, 2, 3)
+        # Autograd keeps the images, though their tensor is gone here.
+        loss = layer(mine.next_batch().images).square().sum()
+        for _ in range(20):
+            mine.next_batch()
+        for images in held:
+            assert torch.equal(images, theirs.next_batch().images)
+        (gradient,) = torch.autograd.grad(loss, layer.weight)
+        loss = layer(theirs.next_batch().images).square().sum()
+        assert torch.equal(gradient, torch.autograd.grad(loss, layer.weight)[0])
+
+
 def test_a_batch_is_what_it_says(tmp_path: Path) -> None:
     with stream(data_set(tmp_path)) as mine:
         for step in range(7):
