@@ -151,6 +151,9 @@ class DaliStream(SampleStream):
 
     def _read(self, positions: np.ndarray, ids: np.ndarray) -> tuple[Rows, tuple[Any, ...]]:
         rows = self._samples.read(positions, ids)
+        # DALI 2.4 decodes them, too, but where it can't make sense of a header in a batch of 32 or more, the process
+        # dies of a segmentation fault. It never meets one: a JPEG's header is walked, and of others it gets pixels.
+        self._samples.decode_foreign(rows)
         parameters = self._augmentation.parameters(self._seed, positions)
         # As one object with many pointers, made here: a list is walked in the main thread, at 2 us an image.
         backend: Any = importlib.import_module("nvidia.dali.backend")

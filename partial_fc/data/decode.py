@@ -29,9 +29,9 @@ _END_OF_IMAGE = b"\xff\xd9"
 # JPEG's frame headers, SOF0 to SOF15, are C0 to CF but for DHT, JPG and DAC.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END, _FILL = 0xDA, 0xD9, 0xFF
-# Length, precision, height, width.
-_FRAME = struct.Struct(">HBHH")
-_LENGTH = struct.Struct(">H")
+_RESTART, _FIRST_WITH_LENGTH = 0xD0, 0xC0
+# Length, precision, height, width, components.
+_FRAME = struct.Struct(">HBHHB")
 
 
 class ImageError(DataError):
@@ -79,7 +79,7 @@ def look_at(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[tuple[Fault
 
     Returns:
         The kind of fault (see :class:`ImageError`) and the reason in words, or None where nothing shows; width and
-        height in pixels, 0 where the header doesn't tell.
+        height in pixels, 0 where the header doesn't tell, or where something is odd about it.
     """
     raw = data.tobytes()
     if len(raw) < 8:
@@ -98,17 +98,25 @@ def look_at(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[tuple[Fault
 
 
 def _jpeg_size(raw: bytes) -> tuple[int, int, int]:
-    """Walk the segments of a JPEG up to the frame header: where that is, width and height; zeros where there's none."""
-    at, end = 2, len(raw) - 9
-    while at < end:
+    """Walk the segments of a JPEG up to its data: where they end, width and height; zeros where a segment is odd."""
+    at, end, size = 2, len(raw) - 10, (0, 0)
+    while at < end and raw[at] == _FILL:
         marker = raw[at + 1]
-        if raw[at] != _FILL or marker in (_SCAN, _END):
+        if marker == _SCAN:
+            return at, *size
+        # Any number of FF may stand before a marker; those without a length have no place here.
+        if marker == _FILL:
+            at += 1
+            continue
+        if marker < _FIRST_WITH_LENGTH or _RESTART <= marker <= _END:
             break
+        length = raw[at + 2] << 8 | raw[at + 3]
         if marker in _FRAMES:
-            _, _, height, width = _FRAME.unpack_from(raw, at + 2)
-            return at, width, height
-        # Any number of FF may stand before a marker.
-        at += 1 if marker == _FILL else 2 + _LENGTH.unpack_from(raw, at + 2)[0]
+            _, _, height, width, components = _FRAME.unpack_from(raw, at + 2)
+            if size != (0, 0) or components not in (1, 3, 4) or length != 8 + 3 * components:
+                break
+            size = width, height
+        at += 2 + length
     return 2, 0, 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from partial_fc.data.augment import Augmentation
-from partial_fc.data.decode import ImageError, decode_image, look_at
+from partial_fc.data.decode import ImageError, decode_image, decode_pixels, look_at
 from partial_fc.data.order import Order
 from partial_fc.data.sources import Sources
 from partial_fc.data.table import UNUSABLE
@@ -29,6 +29,8 @@ FAULT_KINDS = ("record", "label", "empty", "oversized", "image")
 # How many positions behind a bad sample are looked at for a good one, and how many at once at first.
 _SEARCH = 10_000
 _SEARCH_STEP = 16
+# The first byte of a JPEG.
+_JPEG = 0xFF
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Rows:
         encoded: n encoded images.
         bad: the samples that were replaced, by their row.
         resized: whether one of the images isn't ``S x S``, or doesn't tell its size.
+        foreign: the rows whose image isn't a JPEG with a header that is in order.
     """
 
     positions: np.ndarray
@@ -50,6 +53,7 @@ class Rows:
     encoded: list[np.ndarray]
     bad: dict[int, int] = field(default_factory=dict)
     resized: bool = False
+    foreign: set[int] = field(default_factory=set)
 
 
 class GoodSamples:
@@ -136,7 +140,7 @@ class GoodSamples:
         for sample in self._candidates(first, position):
             if sample not in self._known and (found := self._open(sample)) is not None:
                 rows.ids[row], rows.labels[row], rows.encoded[row] = sample, found[0], found[1]
-                rows.resized |= look_at(found[1], self._max_pixels)[1:] != self._size
+                self._describe(rows, row, *look_at(found[1], self._max_pixels)[1:])
                 if sample != first:
                     rows.bad[row] = first
                 return found[2]
@@ -145,6 +149,19 @@ class GoodSamples:
             f"{self._sources.path}: none of the {searched} samples from position {position} on can be used; "
             f"{self._sources.locate(first)}: {self._known[first][1]}"
         )
+
+    def decode_foreign(self, rows: Rows) -> None:
+        """Put pixels, as a pixmap (PPM), in place of the encoded images of ``rows.foreign``; bad ones are replaced."""
+        for row in sorted(rows.foreign):
+            try:
+                pixels = decode_pixels(rows.encoded[row], max_pixels=self._max_pixels)
+            except ImageError:
+                self.replace(rows, row)
+                if row not in rows.foreign:
+                    continue
+                pixels = decode_pixels(rows.encoded[row], max_pixels=self._max_pixels)
+            head = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
+            rows.encoded[row] = np.frombuffer(head + pixels.tobytes(), dtype=np.uint8)
 
     def decode(self, rows: Rows, augmentation: Augmentation, parameters: np.ndarray) -> list[np.ndarray]:
         """Decode and augment rows; those that can't be decoded are replaced, in place.
@@ -194,8 +211,16 @@ class GoodSamples:
             fault, width, height = look_at(data, self._max_pixels)
             if fault is not None:
                 yield row
-            elif (width, height) != self._size:
-                rows.resized = True
+            else:
+                self._describe(rows, row, width, height)
+
+    def _describe(self, rows: Rows, row: int, width: int, height: int) -> None:
+        """Note what a good image is like."""
+        if (width, height) != self._size:
+            rows.resized = True
+        rows.foreign.discard(row)
+        if width == 0 or rows.encoded[row][0] != _JPEG:
+            rows.foreign.add(row)
 
     def _candidates(self, first: int, position: int) -> Iterator[int]:
         """The sample itself, then those of the positions behind it."""
