@@ -448,13 +448,15 @@ def data_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a tool that only looks at images: its sections ``data`` and ``augment`` count.
 
     Args:
-        path: a data set, or a configuration (``.yaml``) that names one.
+        path: a data set, or a configuration (``.yaml``) that names one; it need not say how long the run is.
         overrides: ``section.key=value``, as for :func:`load_config`.
 
     Raises:
         ConfigError: every problem found, one line each.
     """
-    if Path(path).suffix in (".yaml", ".yml"):
-        return load_config(path, overrides)
+    file = Path(path) if Path(path).suffix in (".yaml", ".yml") else None
     # As JSON, which is YAML in which no character of a path means anything.
-    return read_model(Config, None, [f"data.path={json.dumps(str(path))}", *overrides], defaults={"train.steps": 1})
+    data = [] if file else [f"data.path={json.dumps(str(path))}"]
+    # Last, so that they stand whatever the file says: a run has one of the two, and a tool has no use for either.
+    length = ["train.steps=null", "train.epochs=1"]
+    return read_model(Config, file, [*data, *overrides, *length], defaults={})

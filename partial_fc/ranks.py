@@ -52,21 +52,29 @@ def joined_ranks(config: Config) -> Iterator[Place]:
 
 def agreed(action: Callable[[], T]) -> T:
     """Do something on every rank; where it fails on one, every rank raises that rank's error, and none waits."""
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
     try:
         result = action()
-    except PartialFCError as error:
-        failure = error
     except OSError as error:
         failure = DataError(f"{error.filename}: {error.strerror}: check the path and its permissions")
-    failures: list[PartialFCError | None] = [failure]
+    except Exception as error:  # The others must hear of it, whatever it is; this rank raises it below.
+        failure = error
+    told = failure if failure is None or isinstance(failure, PartialFCError) else _told(failure)
+    failures: list[PartialFCError | None] = [told]
     if dist.is_initialized():
         failures *= dist.get_world_size()
-        dist.all_gather_object(failures, failure)
+        dist.all_gather_object(failures, told)
+    if failure is not None and not isinstance(failure, PartialFCError):
+        raise failure
     for rank, other in enumerate(failures):
         if other is not None:
             raise type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}") from failure
     return result  # type: ignore[return-value]
+
+
+def _told(error: Exception) -> PartialFCError:
+    return PartialFCError(f"{type(error).__name__}: {error} (that rank shows where)")
 
 
 def agreed_while(action: Callable[[], T], *, mine: bool) -> T | None:

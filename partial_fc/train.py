@@ -140,7 +140,7 @@ class Trainer:
             )
         self.folder = make_run_folder(config, place)
         self.timer = PhaseTimer(place.device)
-        self.num_samples, self.num_classes = len(sources), num_classes
+        self.num_samples, self.num_classes, self._order_length = len(sources), num_classes, order.length
         self.skipped = 0
         self._data_failure: DataError | None = None
 
@@ -165,7 +165,10 @@ class Trainer:
         in_backward, why = build.updates_in_backward(config)
         journal.say(f"run folder    {self.folder}")
         journal.say(f"metrics       {metrics.url or 'not served'}")
-        journal.say(f"data          {self.num_samples} images of {self.num_classes} classes, {config.data.path}")
+        paths = ", ".join(source.path for source in (config.data, *config.data.more))
+        journal.say(f"data          {self.num_samples} images of {self.num_classes} classes, {paths}")
+        journal.say(f"order         {config.data.order}, {self._order_length} positions a pass")
+        journal.say(f"decoder       {self.stream.decoder}")
         journal.say(
             f"backbone      {config.backbone.name}, {parameters:.2f} M parameters, {config.backbone.embedding_size}-d"
         )
@@ -296,6 +299,9 @@ class Trainer:
                 return self.stream.next_batch()
             except DataError as error:
                 self._data_failure = error
+            except (OSError, MemoryError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                self._data_failure = DataError(f"the next batch can't be read ({reason}): look at this machine")
         side, rows = self.config.data.image_size, self._local_samples // self.config.train.accumulate
         images = torch.zeros(rows, 3, side, side, device=self.place.device)
         nothing = torch.full((rows,), -1)
@@ -364,7 +370,11 @@ def open_sources(config: Config, place: Place) -> Sources:
     """
     with progress_bar("finding the images", active=place.rank == 0) as progress:
         first = agreed_while(lambda: build.build_sources(config, progress), mine=place.local_rank == 0)
-    return agreed(lambda: first or build.build_sources(config))
+        # From the table that was made there; where it couldn't be kept, each makes its own, which takes as long again.
+        other = agreed_while(lambda: build.build_sources(config, progress), mine=place.local_rank != 0)
+    sources = first or other
+    assert sources is not None
+    return sources
 
 
 def verification_sets(config: Config) -> dict[str, Path]:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "partial_fc"
 LAYERS = """
 errors
 checks
+machine
 config_reader
 config_types
 config_data

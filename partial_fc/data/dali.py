@@ -20,12 +20,12 @@ from partial_fc.data.faults import Rows
 from partial_fc.data.order import Order
 from partial_fc.data.pipeline import define_pipeline, pipeline_inputs
 from partial_fc.data.sources import Sources
-from partial_fc.data.stream import PythonStream, SampleStream, Uploads
+from partial_fc.data.stream import PythonStream, SampleStream
 from partial_fc.errors import ConfigError, DataError
 
 logger = logging.getLogger("partial_fc.data")
 
-# Batches in a row that DALI fails at though the plain decoder finds nothing wrong: then it's not the images.
+# How often it may fail in a row though nothing is wrong with an image.
 _MAX_UNEXPLAINED = 5
 # What takes DALI's CPU operators several times as long as OpenCV (docs/performance.md).
 _SLOW_IN_DALI = frozenset(("affine", "crop", "low_resolution", "colour_twist"))
@@ -47,45 +47,80 @@ class DaliStream(SampleStream):
     """The stream with images decoded by DALI; its arguments are those of :class:`SampleStream`.
 
     The images are those of :class:`PythonStream` up to the rounding of the decoder. Where DALI fails at a batch, the
-    plain decoder finds the bad samples, and DALI is started anew with others in their places: a failed pipeline looks
-    alive, but loses batches.
+    plain decoder finds the bad samples, and DALI is started anew with others in their places, or with the pixels of
+    those that it alone can't decode: a failed pipeline looks alive, but loses batches.
     """
 
     _iterator: Any = None
+    _given: dict[int, tuple[Rows, tuple[Any, ...]]]
     _pool: ThreadPoolExecutor | None = None
     _failure: BaseException | None = None
-    _unexplained = 0
     # Until a batch with an image of another size comes.
     _resizes = False
 
+    @property
+    def decoder(self) -> str:
+        """What decodes the images: ``dali``."""
+        return "dali"
+
+    @property
+    def _device_id(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
     def _produce(self, position: int) -> tuple[Tensor, Rows]:
+        failures = 0
         while True:
             try:
                 if self._iterator is None:
                     self._start(position)
                 images = next(self._iterator)[0]["images"]
+                return images, self._given.pop(position)[0]
             except (RuntimeError, StopIteration) as error:
                 # What the source raised comes back from DALI as an error of its own.
-                failure = self._failure
+                failure, given = self._failure, [rows for rows, _ in self._given.values()]
                 self.close()
                 if isinstance(failure, _OtherSize):
                     self._resizes = True
                     continue
                 if failure is not None:
                     raise failure from None
-                # With the bad samples known, DALI is started anew at the same batch.
-                if not self._samples.find_bad(position + self._rows, self._sample_ids(position)):
-                    return self._decode_plainly(position, error)
-            else:
-                self._unexplained = 0
-                return images, self._given.pop(position)[0]
+                failures += 1
+                self._learn(given, position, failures, error)
 
-    def close(self) -> None:
+    def _learn(self, given: list[Rows], position: int, failures: int, error: BaseException) -> None:
+        """Find the samples that DALI failed at, so that it can be started anew without them.
+
+        Raises:
+            DataError: it fails again and again, and not at an image.
+        """
+        bad = [self._samples.find_bad(rows) for rows in given]
+        if any(bad):
+            return
+        found = set()
+        for rows in given:
+            for row, sample in enumerate(rows.ids.tolist()):
+                if sample not in self._samples.distrusted and not _decodes(rows.encoded[row], self._device_id):
+                    found.add(sample)
+        self._samples.distrusted |= found
+        if found:
+            logger.warning("DALI can't decode samples %s, the plain decoder can: it does", sorted(found)[:10])
+            return
+        logger.warning("DALI failed at position %d, though all images are good: %s", position, _first_line(error))
+        if failures >= _MAX_UNEXPLAINED:
+            raise DataError(
+                f"DALI failed {failures} times in a row at position {position}, though the images there are good "
+                f"({_first_line(error)}): set data.decoder=python"
+            ) from error
+
+    def close(self, *, wait: bool = True) -> None:
         """End the pipeline and drop what it decoded ahead. The next call of ``next_batch`` starts it again."""
         self._iterator = None
         self._failure = None
+        self._given = {}
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
             self._pool = None
 
     def _start(self, position: int) -> None:
@@ -99,10 +134,6 @@ class DaliStream(SampleStream):
             ) from error
         if self.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"DALI decodes on 'cpu' or 'cuda', not on '{self.device}': set data.decoder=python")
-        device_id = None
-        if self.device.type == "cuda":
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-
         # DALI reads without a copy: the arrays live until their images are there, or as long as the pipeline, whose
         # function holds them.
         given: dict[int, tuple[Rows, tuple[Any, ...]]] = {}
@@ -126,7 +157,7 @@ class DaliStream(SampleStream):
             augmentation=self._augmentation,
             threads=self._threads,
             prefetch=self._prefetch,
-            device_id=device_id,
+            device_id=self._device_id,
             resize=self._resizes,
         )
         try:
@@ -160,23 +191,25 @@ class DaliStream(SampleStream):
         encoded = backend.TensorListCPU([backend.TensorCPU(image) for image in rows.encoded], contiguous=False)
         return rows, (encoded, *pipeline_inputs(self._augmentation, parameters, self.image_size))
 
-    def _decode_plainly(self, position: int, error: BaseException) -> tuple[Tensor, Rows]:
-        """Decode the batch that DALI failed at, though its images are good, with the plain decoder."""
-        self._unexplained += 1
-        logger.warning(
-            "DALI failed at the batch at position %d, the plain decoder didn't: %s", position, _first_line(error)
-        )
-        if self._unexplained >= _MAX_UNEXPLAINED:
-            raise DataError(
-                f"DALI failed at {self._unexplained} batches in a row, the last at position {position}, though their "
-                f"images are good ({_first_line(error)}): set data.decoder=python"
-            ) from error
-        rows = self._samples.read(position + self._rows, self._sample_ids(position))
-        uploads = Uploads(self.device, (len(rows.ids), self.image_size, self.image_size, 3))
-        buffer = uploads.buffer()
-        for row, image in enumerate(self._samples.decode(rows, self._augmentation, self._parameters(position))):
-            uploads.fill(buffer, row, image)
-        return uploads.send(buffer), rows
+
+def _decodes(encoded: Any, device_id: int | None) -> bool:
+    """Whether DALI decodes this image alone, on a GPU or (None) on the CPU."""
+    dali: Any = importlib.import_module("nvidia.dali")
+    fn: Any = importlib.import_module("nvidia.dali.fn")
+    types: Any = importlib.import_module("nvidia.dali.types")
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=device_id)
+    def alone() -> Any:
+        image = fn.external_source(source=lambda: [encoded], dtype=types.UINT8)
+        return fn.decoders.image(image, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
+
+    pipeline = alone()
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:
@@ -212,7 +245,9 @@ def open_stream(kind: str, sources: Sources, order: Order, **options: Any) -> Sa
     if kind == "auto" and not installed:
         logger.warning("NVIDIA DALI isn't installed: images are decoded in Python, which is slower")
     on_cpu = torch.device(options.get("device", "cpu")).type == "cpu"
-    slower = on_cpu and not _SLOW_IN_DALI.isdisjoint(options["augmentation"].active)
-    if kind == "dali" or (kind == "auto" and installed and not slower):
+    slow = sorted(_SLOW_IN_DALI & set(options["augmentation"].active)) if on_cpu else []
+    if kind == "dali" or (kind == "auto" and installed and not slow):
         return DaliStream(sources, order, **options)
+    if kind == "auto" and installed:
+        logger.info("images are decoded in plain Python: on a CPU, DALI takes longer for %s", ", ".join(slow))
     return PythonStream(sources, order, **options)

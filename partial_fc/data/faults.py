@@ -7,6 +7,7 @@ depends on the sample alone, and what comes next on the order alone: so a batch 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,8 +65,13 @@ class GoodSamples:
         order: which sample stands at which position.
         image_size: S, side of the images in pixels.
         max_image_pixels: images with more are bad.
-        max_bad_share: the share of bad samples that is put up with.
-        min_samples: how many samples are counted before that share means anything.
+        max_bad_share: the share s of bad samples that is put up with. Reading ends once there are more than
+            ``s n + 4 sqrt(s (1 - s) n)`` of n: so many don't come by chance, in any of many ranks.
+        min_samples: how many samples are counted before that is looked at.
+
+    Attributes:
+        errors: rows handed out whose sample was replaced, by kind.
+        distrusted: samples whose encoded image DALI doesn't get, but its pixels.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class GoodSamples:
         min_samples: int,
     ) -> None:
         self.errors: Counter[str] = Counter()
+        self.distrusted: set[int] = set()
         self._sources, self._order = sources, order
         self._size, self._max_pixels = (image_size, image_size), max_image_pixels
         self._max_bad_share = max_bad_share
@@ -120,12 +127,12 @@ class GoodSamples:
             self.replace(rows, row)
         return rows
 
-    def find_bad(self, positions: np.ndarray, ids: np.ndarray) -> bool:
-        """Decode these samples, and say whether one is bad that wasn't known to be; it is from now on."""
-        known = len(self._known)
-        for sample in self.read(positions, ids).ids.tolist():
-            self._open(sample)
-        return len(self._known) > known
+    def find_bad(self, rows: Rows) -> bool:
+        """Decode the samples of these rows, and say whether one is bad; it's known to be from now on."""
+        for sample in rows.ids.tolist():
+            if sample not in self._known:
+                self._open(sample)
+        return any(sample in self._known for sample in rows.ids.tolist())
 
     def replace(self, rows: Rows, row: int) -> np.ndarray:
         """Put a good sample into a row, in place: its own where that is good after all, else one that stands behind.
@@ -198,8 +205,9 @@ class GoodSamples:
                 logger.warning(
                     "sample %d can't be used (%s), sample %d takes its place: %s", sample, kind, rows.ids[row], reason
                 )
-        bad = self.errors.total()
-        if self._consumed >= self._min_samples and bad > self._max_bad_share * self._consumed:
+        bad, share = self.errors.total(), self._max_bad_share
+        most = share * self._consumed + 4 * math.sqrt(share * (1 - share) * self._consumed)
+        if self._consumed >= self._min_samples and bad > most:
             raise DataError(
                 f"{self._sources.path}: {bad} of {self._consumed} samples can't be used ({dict(self.errors)}), at most "
                 f"{self._max_bad_share:.3g} of them may: copy the data again, or raise data.max_bad_share"
@@ -219,7 +227,7 @@ class GoodSamples:
         if (width, height) != self._size:
             rows.resized = True
         rows.foreign.discard(row)
-        if width == 0 or rows.encoded[row][0] != _JPEG:
+        if width == 0 or rows.encoded[row][0] != _JPEG or int(rows.ids[row]) in self.distrusted:
             rows.foreign.add(row)
 
     def _candidates(self, first: int, position: int) -> Iterator[int]:

@@ -117,6 +117,11 @@ class SampleStream(ABC):
         self.seek(position)
 
     @property
+    def decoder(self) -> str:
+        """What decodes the images: ``dali`` or ``python``."""
+        return "python"
+
+    @property
     def position(self) -> int:
         """Position of the next global batch's first sample."""
         return self._position
@@ -132,8 +137,13 @@ class SampleStream(ABC):
         Raises:
             DataError: too many samples are bad, or the data set's file can't be read.
         """
-        images, rows = self._produce(self._position)
-        self._samples.count(rows)
+        try:
+            images, rows = self._produce(self._position)
+            self._samples.count(rows)
+        except BaseException:
+            # What was decoded ahead is of later positions; the next call begins at this one again.
+            self.close(wait=False)
+            raise
         self._position += self.batch_size
         columns = (torch.from_numpy(column) for column in (rows.labels, rows.ids, rows.positions))
         return Batch(images, *columns)
@@ -150,8 +160,12 @@ class SampleStream(ABC):
         """Give the images of a batch, and its rows; the calls' positions follow each other."""
 
     @abstractmethod
-    def close(self) -> None:
-        """End the threads and drop what was decoded ahead. The next call of ``next_batch`` starts them again."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads and drop what was decoded ahead. The next call of ``next_batch`` starts them again.
+
+        Args:
+            wait: for what the threads do just now, which may be reading from a disk that doesn't answer.
+        """
 
     def __enter__(self) -> SampleStream:
         return self
@@ -159,7 +173,7 @@ class SampleStream(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(wait=kind is None)
 
     def _sample_ids(self, position: int) -> np.ndarray:
         """This rank's samples of the global batch at ``position``, before any replacement."""
@@ -226,7 +240,8 @@ class Uploads:
             levels = buffer.to(self._device, non_blocking=True)
             left = torch.cuda.Event()
             left.record()
-            images = levels.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5).contiguous()
+            # With the channels innermost in memory, as they came and as convolutions want them.
+            images = levels.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
         self._used.append((buffer, left))
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
@@ -261,10 +276,10 @@ class PythonStream(SampleStream):
             joined.encoded += part.encoded
         return self._uploads.send(buffer), joined
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """End the threads and drop what was decoded ahead. The next call of ``next_batch`` starts them again."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
             self._pool = None
 
     def _submit(self, pool: ThreadPoolExecutor, position: int) -> tuple[Tensor, list[Future[Rows]]]:

@@ -20,6 +20,7 @@ import numpy as np
 from partial_fc.data.faces import Painter
 from partial_fc.data.writers import RecordWriter, commit_file
 from partial_fc.errors import ConfigError, DataError
+from partial_fc.machine import processors
 from partial_fc.permutation import KeyedPermutation, hash64
 
 _FOLDS = 10
@@ -66,7 +67,7 @@ def make_dataset(
     folder = Path(folder)
     numbers = [*range(identities), *range(_VALIDATION_START, _VALIDATION_START + validation_identities)]
     batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
-    workers = min(len(batches), workers or _processors())
+    workers = min(len(batches), workers or processors())
     validation: list[bytes] = []
     done = 0
     with RecordWriter(folder, image_size=image_size) as writer:
@@ -143,12 +144,6 @@ def _drawn(
 def _context() -> BaseContext:
     """Fork where it's safe, because it starts in milliseconds and asks nothing of the caller's main module."""
     return get_context("fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn")
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Worker:

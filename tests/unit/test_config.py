@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from partial_fc import config as module
 from partial_fc import emphasis, margins, mining, norm_margins
-from partial_fc.config import Config, Section, load_config
+from partial_fc.config import Config, Section, data_config, load_config
 from partial_fc.errors import ConfigError
 
 MINIMAL = "data: {path: faces}\ntrain: {steps: 100}\n"
@@ -179,3 +179,26 @@ def test_what_agrees_passes(tmp_path):
         ["head.in_backward=true", "optim.head_clip_row_norm=1"],
     ]:
         load_config(write(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {path: faces}\n",
+        "data: {path: faces}\ntrain: {epochs: 3}\n",
+        "data: {path: faces}\ntrain: {steps: 10}\noptim: {warmup_steps: 5}\n",
+    ],
+)
+def test_a_tool_needs_no_length_of_the_run(tmp_path, text):
+    config = data_config(write(tmp_path, text), ["data.image_size=64", "train.seed=5", "train.steps=7"])
+    assert (config.data.path, config.data.image_size, config.train.seed) == ("faces", 64, 5)
+
+
+def test_a_tool_takes_a_data_set_in_place_of_a_configuration():
+    config = data_config("a: b # {c", ["train.epochs=2", "data.format=folder"])
+    assert (config.data.path, config.data.format) == ("a: b # {c", "folder")
+
+
+def test_what_a_tool_reads_is_checked(tmp_path):
+    with pytest.raises(ConfigError, match=r"run7\.yaml:1: data\.imagesize: unknown key; did you mean data\.image_size"):
+        data_config(write(tmp_path, "data: {path: faces, imagesize: 3}\n"))

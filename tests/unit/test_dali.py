@@ -120,9 +120,23 @@ def test_a_failure_of_the_data_set_arrives(tmp_path: Path, monkeypatch: pytest.M
 def test_failures_that_are_not_the_images_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = open_("dali", data_set(tmp_path))
     monkeypatch.setattr(mine, "_start", lambda position: (_ for _ in ()).throw(RuntimeError("out of memory")))
-    with pytest.raises(DataError, match="DALI failed at 5 batches in a row.*out of memory.*data.decoder=python"):
-        for _ in range(9):
-            mine.next_batch()
+    with pytest.raises(DataError, match="failed 5 times in a row at position 0.*out of memory.*data.decoder=python"):
+        mine.next_batch()
+    monkeypatch.undo()
+    # Four failures before an image came are not five in a row.
+    start, failures = mine._start, []
+
+    def fail_four_times(at: int) -> None:
+        failures.append(at)
+        if failures.count(at) <= 4:
+            raise RuntimeError("out of memory")
+        start(at)
+
+    monkeypatch.setattr(mine, "_start", fail_four_times)
+    for position in (0, 8, 16):
+        mine.seek(position)
+        assert mine.next_batch().positions[0] == position
+    mine.close()
 
 
 @needs_dali
@@ -235,3 +249,69 @@ def test_headers_that_kill_dali_never_reach_it(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
     assert done.returncode == 0 and "survived" in done.stdout, done.stderr[-2000:]
+
+
+@needs_dali
+def test_images_that_dali_alone_cannot_decode_come_from_the_plain_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = data_set(tmp_path)
+    odd = {2, 11, 17}
+    real = dali._decodes
+    seen = [sources.encoded(np.array([sample]))[0] for sample in odd]
+    define = define_pipeline
+
+    def choosy(source, **options):
+        def check(info):
+            given = source(info)
+            rows = mine._given[mine_position(info)][0]
+            if any(s in odd and s not in mine._samples.distrusted for s in rows.ids.tolist()):
+                raise RuntimeError("no decoder for this one")
+            return given
+
+        first = mine.position
+        mine_position = lambda info: first + info.iteration * mine.batch_size  # noqa: E731
+        return define(check, **options)
+
+    monkeypatch.setattr(dali, "define_pipeline", choosy)
+    monkeypatch.setattr(
+        dali, "_decodes", lambda encoded, device: not any(np.array_equal(encoded, image) for image in seen)
+    )
+    with caplog.at_level(logging.WARNING, "partial_fc.data"), open_("dali", sources) as mine:
+        assert_same_batches(mine, open_("python", sources), steps=9)
+        assert mine._samples.distrusted == odd and not mine.decode_errors
+    assert sum("the plain decoder can" in message for message in caplog.messages) <= 3
+    assert real(np.frombuffer(image(0), dtype=np.uint8), None)
+    assert not real(np.frombuffer(b"no image at all", dtype=np.uint8), None)
+
+
+@needs_dali
+def test_what_was_handed_out_is_let_go(tmp_path: Path) -> None:
+    with open_("dali", data_set(tmp_path)) as mine:
+        for _ in range(20):
+            mine.next_batch()
+        assert len(mine._given) <= 4 and len(mine._reading) <= 4
+
+
+@needs_dali
+def test_a_sample_that_a_reader_found_to_be_bad_meanwhile_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DALI has it already when another thread, in search of a replacement, finds that it can't be decoded."""
+    tables = image(5).index(b"\xff\xc4")
+    broken = image(5)[: tables + 5] + b"\xff" * 16 + image(5)[tables + 21 :]
+    sources = data_set(tmp_path, {5: broken})
+    with caplog.at_level(logging.WARNING, "partial_fc.data"), open_("dali", sources) as mine:
+        samples = mine._samples
+        read = samples.read
+
+        def and_then_found(positions: np.ndarray, ids: np.ndarray):
+            rows = read(positions, ids)
+            if 5 in rows.ids:
+                samples._open(5)
+            return rows
+
+        samples.read = and_then_found  # type: ignore[method-assign]
+        assert_same_batches(mine, open_("python", sources), steps=4)
+        assert mine.decode_errors == {"image": 1}
+    assert not any("DALI failed" in message for message in caplog.messages)
