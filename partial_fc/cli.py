@@ -117,17 +117,21 @@ def prepare(
     destination: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
     overrides: _DataOverrides = None,
     format: Annotated[_Format, typer.Option(help="Format of the new data set.")] = _Format.recordio,
-    size: Annotated[int | None, typer.Option(help="Side of the new images; default: as they are.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the new images; default: as they are.")] = None,
     quality: Annotated[
-        int | None, typer.Option(help="JPEG quality, for all images; default: 95 for those whose size changes.")
+        int | None,
+        typer.Option(min=1, max=100, help="JPEG quality, for all images; default: 95 for those whose size changes."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that encode; default: one a core.")] = None,
-    shard_size: Annotated[int, typer.Option(help="Samples of a WebDataset shard.")] = 10_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that encode; default: one a core.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a WebDataset shard.")] = 10_000,
     shuffle_seed: Annotated[
         int | None, typer.Option(help="Shuffle the samples of a WebDataset, for readers that don't.")
     ] = None,
 ) -> None:
-    """Write a data set anew, as RecordIO or WebDataset. Interrupted, it goes on where it stopped."""
+    """Write a data set anew, as RecordIO or WebDataset. Interrupted, it goes on where it stopped.
+
+    Every sample that can be used is written once: weights of sets don't matter here.
+    """
     with _one_line_errors():
         from partial_fc.tools import run_prepare
 
@@ -148,14 +152,20 @@ def prepare(
 def validate(
     path: _DataSet,
     overrides: _DataOverrides = None,
-    limit: Annotated[int | None, typer.Option(help="Check so many samples only, spread over the set.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Check so many samples only, spread over the set, and no checksums.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; default: one a core.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the findings into this file, too.")] = None,
 ) -> None:
-    """Decode every image of a data set and report on it; exit code 1 where one can't be used."""
-    with _one_line_errors():
+    """Decode every image of a data set and report on it.
+
+    Exit code 1 where a sample can't be used or a checksum is wrong, 2 where the set couldn't be checked.
+    """
+    with _one_line_errors(exit_code=2):
         from partial_fc.tools import run_validate
 
-        usable = run_validate(path, overrides or [], limit=limit, json_file=json)
+        usable = run_validate(path, overrides or [], limit=limit, workers=workers, json_file=json)
     if not usable:
         raise typer.Exit(1)
 
@@ -168,9 +178,9 @@ def show(
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Augmentations to look at, such as augment.blur=1."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("contact_sheet.png"),
-    classes: Annotated[int, typer.Option(help="How many classes, spread over all.")] = 6,
-    class_id: Annotated[list[int] | None, typer.Option(help="This class, repeatable.")] = None,
-    columns: Annotated[int, typer.Option(help="Images in a row.")] = 10,
+    classes: Annotated[int, typer.Option(min=1, help="How many classes, spread over all.")] = 6,
+    class_id: Annotated[list[int] | None, typer.Option(min=0, help="This class, repeatable.")] = None,
+    columns: Annotated[int, typer.Option(min=2, help="Images in a row.")] = 10,
 ) -> None:
     """Draw augmented samples of a few classes into a picture."""
     with _one_line_errors():
@@ -200,8 +210,8 @@ def main() -> None:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """An expected error becomes a line and exit code 1; one that all ranks share is shown by the first of a machine."""
+def _one_line_errors(exit_code: int = 1) -> Iterator[None]:
+    """An expected error becomes a line and the exit code; one of all ranks is shown by the first of a machine."""
     from torch.distributed import DistError
 
     try:
@@ -211,7 +221,7 @@ def _one_line_errors() -> Iterator[None]:
             print(f"error: rank {error.rank}: {error}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(1)
+        _leave(exit_code)
     except KeyboardInterrupt:
         _leave(130)
     except DistError as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from partial_fc.config_reader import Contradiction
-from partial_fc.config_types import Count, Positive, PositiveShare, Section, Share
+from partial_fc.config_types import Count, PositiveShare, Section, Share
 
 
 class SourceConfig(Section):
@@ -21,8 +21,8 @@ class SourceConfig(Section):
     """Format of the files; auto: told from their names."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; null: as many as the data set has."""
-    weight: Positive = 1.0
-    """How often the set's samples come in a pass; 0.5: each in every other one."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """How often the set's samples come in a pass, at least one of them; 0.5: each in every other one."""
     image_key: str | None = None
     """Feature of a TFRecord that holds the image; null: one of the usual names."""
     label_key: str | None = None
@@ -74,7 +74,7 @@ class AugmentConfig(Section):
     fill: Annotated[int, Field(ge=0, le=255)] = 0
     """Level of the pixels from outside the image and of cutouts, 0 (black) to 255 (white)."""
     crop: Share = 0.0
-    """Probability of a random resized crop; AdaFace has 0.2."""
+    """Probability of a random resized crop; AdaFace has 0.2, but leaves the crop in its place and size, on black."""
     crop_area: PositiveShare = 0.2
     """Smallest share of the area that a crop keeps."""
     crop_aspect: Annotated[float, Field(ge=1, le=10)] = 4 / 3
@@ -107,13 +107,17 @@ class AugmentConfig(Section):
 
 def data_contradictions(data: DataConfig, rows: int) -> Iterator[Contradiction]:
     """What no single value shows; ``rows`` samples go through the network at once."""
-    weighted = [source.weight for source in (data, *data.more) if source.weight != 1]
-    if weighted and data.order != "shuffled":
-        text = f"got {weighted[0]:g}, expected 1 with data.order={data.order} (weights are for order shuffled)"
-        yield Contradiction(("data.weight", "data.order"), text)
+    places = ["data", *(f"data.more[{place}]" for place in range(len(data.more)))]
+    for place, source in zip(places, (data, *data.more), strict=True):
+        if source.weight != 1 and data.order != "shuffled":
+            text = f"got {source.weight:g}, expected 1 with data.order={data.order} (weights are for order shuffled)"
+            yield Contradiction((f"{place}.weight", "data.order"), text)
     if data.balance != 1 and data.order != "balanced":
         text = f"got {data.balance:g}, expected 1 with data.order={data.order} (only balanced has a balance)"
         yield Contradiction(("data.balance", "data.order"), text)
+    if data.images_per_identity != 4 and data.order != "identities":
+        text = f"got {data.images_per_identity}, expected 4 with data.order={data.order} (only identities needs it)"
+        yield Contradiction(("data.images_per_identity", "data.order"), text)
     if data.order == "identities" and rows % data.images_per_identity:
         text = (
             f"got {data.images_per_identity}, expected a divisor of the {rows} samples that go through the network "
@@ -121,4 +125,4 @@ def data_contradictions(data: DataConfig, rows: int) -> Iterator[Contradiction]:
         )
         yield Contradiction(("data.images_per_identity", "train.batch_size"), text)
     if data.merge_classes and not data.more:
-        yield Contradiction(("data.merge_classes",), "got true, expected false without data.more")
+        yield Contradiction(("data.merge_classes", "data.more"), "got true, expected false without data.more")

@@ -1,7 +1,8 @@
 """Reading a typed model from YAML and ``key=value`` overrides, with every problem on a line of its own.
 
-This module knows no section and no key: it works on any pydantic model whose fields are values, models, or unions of
-models told apart by ``name``. What is expected of a key is told from the model's JSON schema.
+This module knows no section and no key: it works on any pydantic model whose fields are values, models, unions of
+models told apart by ``name``, or lists of values or models. What is expected of a key is told from the model's JSON
+schema. Problems name a key as ``section.key``, and in the first entry of a list as ``section.list[0].key``.
 
 YAML is read as version 1.2 has it: ``5e-4`` is a number, ``on`` and ``1:30`` are text. No tag, no merge key.
 """
@@ -23,7 +24,8 @@ from pydantic_core import PydanticCustomError
 from partial_fc.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
-Key = tuple[str, ...]
+# Names of keys, and places in lists.
+Key = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
 # Tag, form, first characters; the first match counts.
@@ -41,7 +43,7 @@ class Contradiction(NamedTuple):
     """Values that are right one by one and wrong together.
 
     Attributes:
-        keys: dotted keys that take part; the problem is reported at the first.
+        keys: keys that take part, ``a.b`` or ``a.b[0].c``; the problem is reported at the first.
         text: what was got and what was expected.
     """
 
@@ -122,7 +124,7 @@ class _Source:
     def report(self, key: Key, text: str) -> None:
         """Add a problem of a key, at the place that gave it or the nearest one above it."""
         above = (self._origins[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self._origins)
-        self.problems.append(f"{next(above, self._file)}: {'.'.join(key)}: {text}")
+        self.problems.append(f"{next(above, self._file)}: {_dotted(key)}: {text}")
 
     def read_file(self, text: str) -> None:
         """Take over a file's keys; text that isn't a mapping in YAML ends the reading."""
@@ -143,6 +145,10 @@ class _Source:
         if not equals or not all(key):
             self.problems.append(f"override: got {_show(text)}, expected section.key=value")
             return
+        if above := self.schema.list_above(key, self.data):
+            where = _dotted(above)
+            self.problems.append(f"override: {name}: {where} is a list, expected all of it: {where}=[...]")
+            return
         parent: dict[str, Any] = self.data
         for end in range(1, len(key)):
             child = parent.get(key[end - 1])
@@ -152,7 +158,7 @@ class _Source:
                 child = {}
                 self._origins.setdefault(key[:end], "override")
             if not isinstance(child, dict):
-                self.problems.append(f"override: {name}: {'.'.join(key[:end])} is a value and has no keys")
+                self.problems.append(f"override: {name}: {_dotted(key[:end])} is a value and has no keys")
                 return
             parent[key[end - 1]] = child
             parent = child
@@ -165,7 +171,7 @@ class _Source:
         self._origins[key] = "override"
         parent[key[-1]] = self._convert(node, key, lambda node: "override", ())
 
-    def set_default(self, key: Key, value: Any) -> None:
+    def set_default(self, key: tuple[str, ...], value: Any) -> None:
         """Set a key that is absent or null."""
         parent = self.data
         for part in key[:-1]:
@@ -185,14 +191,18 @@ class _Source:
         elif isinstance(node, yaml.MappingNode):
             result = {}
             for name, value in node.value:
-                inner = (*key, str(name.value) if isinstance(name, yaml.ScalarNode) else "?")
-                if inner[-1] in result:
-                    self.problems.append(f"{origin(name)}: {'.'.join(inner)}: given twice, expected once")
+                part = str(name.value) if isinstance(name, yaml.ScalarNode) else "?"
+                inner = (*key, part)
+                if part in result:
+                    self.problems.append(f"{origin(name)}: {_dotted(inner)}: given twice, expected once")
                 self._origins[inner] = origin(name)
-                result[inner[-1]] = self._convert(value, inner, origin, (*above, node))
+                result[part] = self._convert(value, inner, origin, (*above, node))
             return result
         elif isinstance(node, yaml.SequenceNode):
-            return [self._convert(value, key, origin, (*above, node)) for value in node.value]
+            self._origins.update({(*key, place): origin(value) for place, value in enumerate(node.value)})
+            return [
+                self._convert(value, (*key, place), origin, (*above, node)) for place, value in enumerate(node.value)
+            ]
         elif isinstance(node, yaml.ScalarNode):
             return self._scalar(node, key)
         return None
@@ -250,24 +260,39 @@ class _Schema:
         """The schema of a key, unions unresolved; empty where there is no such key."""
         node = self.root
         for part in key:
-            node = _without_null(self.resolve(node, data).get("properties", {}).get(part, {}))
-            data = data.get(part) if isinstance(data, dict) else None
+            node = self.resolve(node, data)
+            if isinstance(part, int):
+                places = node.get("prefixItems", [])
+                node = places[part] if part < len(places) else node.get("items", {})
+            else:
+                node = _without_null(node.get("properties", {}).get(part, {}))
+            data = _get(data, (part,))
         return node
 
+    def list_above(self, key: tuple[str, ...], data: Any) -> Key:
+        """The list of which a key means a part, ``list.0`` or ``list[0]``; empty where it means none."""
+        for end in range(1, len(key) + 1):
+            above = (*key[: end - 1], key[end - 1].partition("[")[0])
+            if above != key and self.resolve(self.at(above, data), _get(data, above)).get("type") == "array":
+                return above
+        return ()
+
     def field(self, location: tuple[int | str, ...], data: Any) -> Key:
-        """The key that a location of pydantic means: without names of union members and places in a list."""
+        """The key that a location of pydantic means: without names of union members and places behind a list's end."""
         key: Key = ()
         for part in location:
-            if part in self.resolve(self.at(key, data), _get(data, key)).get("properties", {}):
-                key = (*key, str(part))
+            value = _get(data, key)
+            names = self.resolve(self.at(key, data), value).get("properties", {})
+            if part in names or (isinstance(part, int) and isinstance(value, list) and part < len(value)):
+                key = (*key, part)
         return key
 
     def keys(self, key: Key, data: Any) -> list[str]:
         """The names below a key."""
         return list(self.resolve(self.at(key, data), _get(data, key)).get("properties", {}))
 
-    def leaves(self, node: dict[str, Any] | None = None, key: Key = ()) -> Iterator[Key]:
-        """All keys outside unions."""
+    def leaves(self, node: dict[str, Any] | None = None, key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        """All keys outside unions and lists."""
         inside = self.resolve(self.root if node is None else node).get("properties", {})
         for name, inner in inside.items():
             yield (*key, name)
@@ -333,6 +358,8 @@ def _validate(model: type[Model], source: _Source) -> Model | None:
             if key not in wrong | new:
                 new.add(key)
                 _report_error(source, each, key, data)
+        # With a faulty entry all of a list is left out: the places of the others must not change.
+        new |= {key[:-1] for key in new if key and isinstance(key[-1], int)}
         for key in new:
             _leave_out(source.schema, data, key)
         wrong |= new
@@ -343,7 +370,7 @@ def _validate(model: type[Model], source: _Source) -> Model | None:
 def _report_contradictions(source: _Source, found: Sequence[Contradiction], wrong: set[Key]) -> None:
     """Those of which no key is wrong by itself."""
     for contradiction in found:
-        keys = [tuple(name.split(".")) for name in contradiction.keys]
+        keys = [_key(name) for name in contradiction.keys]
         if not any(_related(key, bad) for key in keys for bad in wrong):
             source.report(keys[0], contradiction.text)
 
@@ -374,18 +401,22 @@ def _report_error(source: _Source, error: Any, key: Key, data: Any) -> None:
 
 def _unknown_key(schema: _Schema, key: Key, data: Any) -> str:
     above, names, node = key[:-1], schema.keys(key[:-1], data), schema.at(key[:-1], data)
-    text = "unknown key"
+    last, text = str(key[-1]), "unknown key"
     if "oneOf" in node:
         text += f" of {schema.resolve(node, _get(data, above))['properties']['name']['const']}"
-    if near := difflib.get_close_matches(key[-1], names, n=1):
-        return f"{text}; did you mean {'.'.join((*above, near[0]))}?"
+    everywhere: dict[str, list[str]] = {}
+    for leaf in schema.leaves():
+        everywhere.setdefault(leaf[-1], []).append(".".join(leaf))
+    near = difflib.get_close_matches(last, names, n=1)
+    # The very name, of another section, is nearer than one that only looks like it.
+    if near and ("oneOf" in node or last not in everywhere):
+        return f"{text}; did you mean {_dotted((*above, near[0]))}?"
     members = node.get("discriminator", {}).get("mapping", {})
-    if having := [name for name, ref in members.items() if key[-1] in schema.resolve({"$ref": ref})["properties"]]:
+    if having := [name for name, ref in members.items() if last in schema.resolve({"$ref": ref})["properties"]]:
         return f"{text}; {', '.join(having)} would have it"
-    everywhere = [".".join(leaf) for leaf in schema.leaves()]
-    for wanted in [key[-1], *difflib.get_close_matches(key[-1], [name.split(".")[-1] for name in everywhere], 1, 0.8)]:
-        if same := [name for name in everywhere if name.split(".")[-1] == wanted]:
-            return f"{text}; did you mean {' or '.join(same)}?"
+    for wanted in [last, *difflib.get_close_matches(last, everywhere, 1, 0.8)]:
+        if wanted in everywhere:
+            return f"{text}; did you mean {' or '.join(everywhere[wanted])}?"
     return f"{text}, expected one of {', '.join(names)}"
 
 
@@ -401,8 +432,21 @@ def _show(value: Any) -> str:
 
 def _get(data: Any, key: Key) -> Any:
     for part in key:
-        data = data.get(part) if isinstance(data, dict) else None
+        if isinstance(part, int):
+            data = data[part] if isinstance(data, list) and part < len(data) else None
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
     return data
+
+
+def _dotted(key: Key) -> str:
+    """A key in words: ``a.b[0].c``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+
+
+def _key(dotted: str) -> Key:
+    """What :func:`_dotted` wrote."""
+    return tuple(int(place) if place else name for place, name in re.findall(r"\[(\d+)\]|([^.\[]+)", dotted))
 
 
 def _leave_out(schema: _Schema, data: dict[str, Any], key: Key) -> None:

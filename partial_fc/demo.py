@@ -30,7 +30,7 @@ def run_demo(config_path: Path, overrides: Sequence[str]) -> None:
         PartialFCError: a step failed; its own message stands above.
     """
     config = load_config(config_path, overrides)
-    data = Path(config.data.path)
+    data = Path(config.data.path).expanduser()
     if not (data / "train.idx").is_file():
         # What a drawing that was killed leaves behind is overwritten.
         left = {"demo_val.bin"} | {path.name for path in data.glob("*.partial")}

@@ -21,7 +21,8 @@ import numpy as np
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-_ROUNDS = 6
+# Below 10 bits, 6 rounds leave the images of two elements dependent on one another.
+_ROUNDS, _ROUNDS_OF_FEW, _FEW_BITS = 6, 12, 9
 _MIN_BITS = 8
 # Groups up to this size are permuted by sorting.
 _SORTED = 64
@@ -70,18 +71,30 @@ def mix32(x: IntArray) -> IntArray:
 def permute_bits(index: IntArray, bits: int, key: int | IntArray) -> IntArray:
     """Permute ``range(2**bits)``: the image of each element of ``index``.
 
+    Over the keys each image is equally frequent; those of two elements are so too from 10 bits on (below, there is
+    :func:`permute_pairs`).
+
     Args:
         index: int64 array of values in ``[0, 2**bits)``; uint32, if NumPy's, where bits is at most 32.
         bits: 2 to 62.
         key: 32-bit key, or an array of such keys that broadcasts with ``index`` (a permutation per element), of the
             same dtype.
     """
+    return _feistel(index, bits, key, _ROUNDS)
+
+
+def permute_pairs(index: IntArray, bits: int, key: int | IntArray) -> IntArray:
+    """Permute as :func:`permute_bits`, below 10 bits in more rounds: there too each pair of images is as frequent."""
+    return _feistel(index, bits, key, _ROUNDS if bits > _FEW_BITS else _ROUNDS_OF_FEW)
+
+
+def _feistel(index: IntArray, bits: int, key: int | IntArray, rounds: int) -> IntArray:
     low_bits = bits // 2
     high_bits = bits - low_bits
     left = index >> low_bits
     right = index & ((1 << low_bits) - 1)
     left_bits, right_bits = high_bits, low_bits
-    for round_ in range(_ROUNDS):
+    for round_ in range(rounds):
         mask = (1 << left_bits) - 1
         noise = mix32(mix32(right + (round_ * 0x9E3779B1 & _MASK32)) ^ key)
         left, right = right, (left ^ noise) & mask
@@ -133,9 +146,9 @@ def draw_in_turn(key: int, group: np.ndarray, size: np.ndarray, draw: np.ndarray
     bits = np.where(size > _SORTED, np.frexp((size - 1).astype(np.float64))[1], 0)
     for number in np.unique(bits[bits > 0]).tolist():
         rows = np.flatnonzero(bits == number)
-        image = permute_bits(index[rows], number, keys[rows])
+        image = permute_pairs(index[rows], number, keys[rows])
         while (outside := np.flatnonzero(image >= size[rows])).size:
-            image[outside] = permute_bits(image[outside], number, keys[rows[outside]])
+            image[outside] = permute_pairs(image[outside], number, keys[rows[outside]])
         result[rows] = image
     return result
 
@@ -146,21 +159,25 @@ class KeyedPermutation:
     Args:
         n: size of the range, 1 to 2**62.
         key: any integer.
+        pairs: whether over the keys each pair of images must be equally frequent (:func:`permute_pairs`). For n above
+            512 that's so in any case, and the permutation is the same.
     """
 
-    def __init__(self, n: int, key: int) -> None:
+    def __init__(self, n: int, key: int, *, pairs: bool = False) -> None:
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation needs 1 <= n <= 2**62, got n={n}")
         self.n = n
         self._bits = max(_MIN_BITS, (n - 1).bit_length())
         self._key = hash64(key) & _MASK32
+        self._pairs = pairs
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Map an int64 array (uint32 will do for n <= 2**32) of values in ``[0, n)`` to their images in ``[0, n)``."""
-        image = permute_bits(index, self._bits, self._key)
+        permute = permute_pairs if self._pairs else permute_bits
+        image = permute(index, self._bits, self._key)
         outside = np.flatnonzero(image >= self.n)
         while outside.size:
-            walked = permute_bits(image[outside], self._bits, self._key)
+            walked = permute(image[outside], self._bits, self._key)
             image[outside] = walked
             outside = outside[walked >= self.n]
         return image

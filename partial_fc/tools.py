@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,10 @@ from partial_fc.data.findings import render
 from partial_fc.data.prepare import PrepareReport, prepare
 from partial_fc.data.validate import validate
 from partial_fc.errors import ConfigError, DataError
-from partial_fc.progress import progress_bar
+from partial_fc.progress import progress_bar, progress_bars
+
+# Pixels of the longest side that a format has room for: PNG's fields have 31 bits.
+_LONGEST_SIDE = {".png": (1 << 31) - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 
 
 def run_prepare(
@@ -35,7 +40,10 @@ def run_prepare(
     Raises:
         ConfigError, DataError: the set can't be read, or not be written so.
     """
+    destination = _path(destination, "the folder of the new data set")
     config, sources = _open(source, overrides)
+    if any(part.weight != 1 for part in (config.data, *config.data.more)):
+        print("data.weight doesn't matter here: every sample is written once")
     with progress_bar("writing the images") as progress:
         report = prepare(
             sources,
@@ -64,24 +72,34 @@ def _say_prepared(report: PrepareReport) -> None:
             print(f"  {reason}")
 
 
-def run_validate(path: Path, overrides: Sequence[str], *, limit: int | None, json_file: Path | None) -> bool:
+def run_validate(
+    path: Path, overrides: Sequence[str], *, limit: int | None, workers: int | None, json_file: Path | None
+) -> bool:
     """Check every sample of a data set, and print a report; True where every one can be used.
 
     Raises:
-        ConfigError, DataError: the set can't be read at all.
+        ConfigError, DataError: the set can't be read at all, or ``json_file`` not be written.
     """
+    if json_file is not None:
+        json_file = json_file.expanduser()
+        _check_target(json_file)
     config, sources = _open(path, overrides)
-    with progress_bar("decoding the images") as progress:
+    with progress_bars("decoding the images", "comparing the checksums") as (images, checksums):
         report = validate(
             sources,
             max_image_pixels=config.data.max_image_pixels,
             image_size=config.data.image_size,
-            progress=progress,
+            threads=workers,
+            progress=images,
+            checksum_progress=checksums,
             sample_limit=limit,
         )
     print(render(report))
     if json_file is not None:
-        _write(json_file, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+        try:
+            json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise _not_written(json_file, error) from error
     return report.ok
 
 
@@ -93,8 +111,10 @@ def run_show(
     Raises:
         ConfigError, DataError: the set can't be read, or the picture not be written.
     """
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    out = out.expanduser()
+    if (largest_side := _LONGEST_SIDE.get(out.suffix.lower())) is None:
         raise ConfigError(f"{out}: got a name that ends in {out.suffix!r}, expected .png, .jpg or .webp")
+    _check_target(out)
     config, sources = _open(path, overrides)
     sheet = contact_sheet(
         sources,
@@ -105,22 +125,48 @@ def run_show(
         class_ids=class_ids or None,
         columns=columns,
         max_image_pixels=config.data.max_image_pixels,
+        largest_side=largest_side,
     )
     try:
         sheet.save(out)
-    except OSError as error:
-        raise DataError(f"{out}: can't be written ({error.strerror or error}): name another file") from error
+    except (OSError, ValueError) as error:
+        raise _not_written(out, error) from error
     print(f"{out}: {sheet.width} x {sheet.height} pixels")
 
 
 def _open(path: Path, overrides: Sequence[str]) -> tuple[Config, Sources]:
-    config = data_config(path, overrides)
+    config = data_config(_path(path, "a data set"), overrides)
     with progress_bar("finding the images") as progress:
         return config, build.build_sources(config, progress)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _path(path: Path, wanted: str) -> Path:
+    """A path of the command line; what looks like an override, and isn't there, means that an argument was forgotten.
+
+    Raises:
+        ConfigError: it does.
+    """
+    path = path.expanduser()
+    sections = "|".join(Config.model_fields)
+    if re.match(rf"({sections})\.[a-z_.]+=", str(path)) and not path.exists():
+        raise ConfigError(f"got {str(path)!r}, expected {wanted}: name it before what is changed in the configuration")
+    return path
+
+
+def _check_target(path: Path) -> None:
+    """Raise a DataError unless a file can be written there. What is there stays as it is, and nothing is left."""
+    there = os.path.lexists(path)
+    if there and not path.is_file() and not path.is_dir():
+        return  # a pipe, which would take the end of this for that of everything; or a link to nothing
     try:
-        path.write_bytes(content)
+        with open(path, "ab"):
+            pass
+        if not there:
+            path.unlink()
     except OSError as error:
-        raise DataError(f"{path}: can't be written ({error.strerror or error}): name another file") from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: Exception) -> DataError:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return DataError(f"{path}: can't be written ({why}): name another file")

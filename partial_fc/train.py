@@ -383,7 +383,7 @@ def verification_sets(config: Config) -> dict[str, Path]:
     Raises:
         ConfigError: one isn't there, or two have the same name.
     """
-    place = Path(config.data.path)
+    place = Path(config.data.path).expanduser()
     base = place if place.is_dir() else place.parent
     sets: dict[str, Path] = {}
     for given in config.evaluate.sets:

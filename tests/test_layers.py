@@ -70,6 +70,7 @@ data.folder
 data.kept
 data.archives
 data.sources
+data.pieces
 data.augment
 data.decode
 data.transforms

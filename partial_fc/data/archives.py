@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from partial_fc.data.files import FORMATS, MappedFiles, find_files
+from partial_fc.data.files import FORMATS, MappedFiles, find_files, unreadable
 from partial_fc.data.kept import kept_table
 from partial_fc.data.recordio import joined_image
 from partial_fc.data.table import UNUSABLE, Fault, Progress, Scan
 from partial_fc.errors import ConfigError, DataError
 
+logger = logging.getLogger("partial_fc.data")
+
 # Bytes of a page of memory; where they are larger this does no harm.
 _PAGE = 4096
+# Images read at once where views of all would hold too many files mapped: each thread then holds at most so many.
+_FEW = 8
+# More classes a sample than this come of a label that is no class, or of classes that aren't numbered one by one.
+_MOST_CLASSES_A_SAMPLE = 1000
 
 
 class Archive:
@@ -93,6 +100,7 @@ class Archive:
             where a record's parts had to be joined, and of the files of an image folder.
 
         Raises:
+            MachineError: the process has too many files open, or too little memory.
             DataError: there is no image, or it can't be read any more.
             IndexError: an id is out of range.
         """
@@ -103,12 +111,15 @@ class Archive:
                 raise DataError(f"sample {ids[row]} can't be used: {fault.reason}")
         if self.format == "folder":
             return [_read_file(self._files.path(file)) for file in self._table.file[ids].tolist()]
-        # Of many files not all that a large batch touches are mapped at once.
-        step = len(ids) if len(self._files) <= self._files.most else self._files.most
-        return [image for at in range(0, len(ids), max(step, 1)) for image in self._images(ids[at : at + step])]
+        if not self._files.mappings.crowded(self._files):
+            return self._images(ids)
+        images: list[np.ndarray] = []
+        for at in range(0, len(ids), _FEW):
+            images += [image.copy() for image in self._images(ids[at : at + _FEW])]
+        return images
 
     def _images(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Encoded images of these samples, from mapped files."""
+        """Encoded images of these samples: views of the mapped files, but of records in parts."""
         if len(self._files) == 1:
             files, place = np.zeros(1, dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
         else:
@@ -128,8 +139,6 @@ class Archive:
             _read_in(array, offset[place == file], end[place == file])
         where = zip(place.tolist(), offset.tolist(), end.tolist(), strict=True)
         images = [data[file][first:last] for file, first, last in where]
-        if len(self._files) > self._files.most:
-            images = [image.copy() for image in images]
         for row in np.flatnonzero(length < 0).tolist():
             name = f"{self._path_of(ids[row])}: sample {ids[row]} at byte {offset[row]}"
             images[row] = joined_image(data[place[row]], int(offset[row]), -int(length[row]), name)
@@ -148,14 +157,14 @@ class Archive:
         return self._table.faults.get(sample)
 
     def locate(self, sample: int) -> str:
-        """Where this sample's image is, for messages: ``train.rec, byte 1234``, or the name of its file.
+        """Where this sample's image is, for messages: ``/data/train.rec, byte 1234``, or the path of its file.
 
         Raises:
             IndexError: the id is out of range.
         """
         self._check(np.array([sample]))
-        name = self._files.names[int(self._table.file[sample])]
-        return name if self.format == "folder" else f"{name}, byte {int(self._table.offset[sample])}"
+        path = str(self._path_of(sample))
+        return path if self.format == "folder" else f"{path}, byte {int(self._table.offset[sample])}"
 
     def _check(self, ids: np.ndarray) -> None:
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
@@ -184,6 +193,7 @@ def open_archive(
         format: ``recordio``, ``folder``, ``webdataset`` or ``tfrecord``; ``auto``: told from the names.
         num_classes: C; None: what the files say, else the largest label + 1.
         cache: folder to keep the table in, where it shall not be beside the data; tables of any data sets may share it.
+            ``~`` at its beginning is the home folder.
         image_key: of TFRecord, see ``scan_tfrecords``; None: one of the usual names.
         label_key: likewise.
         progress: called with what is done and the total while files are scanned.
@@ -215,8 +225,20 @@ def _number_of_classes(archive: Archive, declared: int | None, given: int | None
     if given is not None and largest >= given:
         sample = int(np.argmax(labels >= given))
         raise ConfigError(
-            f"data.num_classes: got {given}, but sample {sample} of {archive.path} ({archive.locate(sample)}) has the "
-            f"label {labels[sample]}: expected at least {largest + 1}"
+            f"data.num_classes: got {given}, but sample {sample} ({archive.locate(sample)}) has the label "
+            f"{labels[sample]}: expected at least {largest + 1}"
+        )
+    if not (given or declared) and largest >= _MOST_CLASSES_A_SAMPLE * len(labels):
+        sample = int(np.argmax(labels))
+        logger.warning(
+            "%s: %d classes for %d samples, since sample %d (%s) has the label %d: correct it, or number the classes "
+            "from 0 on",
+            archive.path,
+            largest + 1,
+            len(labels),
+            sample,
+            archive.locate(sample),
+            largest,
         )
     return given or declared or largest + 1
 
@@ -238,7 +260,8 @@ def _read_file(path: Path) -> np.ndarray:
                 data += more
         finally:
             os.close(descriptor)
-    except (OSError, ValueError) as error:  # ValueError: what no file can be called, out of a damaged table
-        why = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path}: can't read the image ({why}): copy it again, or take it away") from error
+    except OSError as error:
+        raise unreadable(path, "the image", error, "copy it again, or take it away") from error
+    except ValueError as error:  # what no file can be called, out of a damaged table
+        raise DataError(f"{path}: can't read the image ({error}): copy it again, or take it away") from error
     return np.frombuffer(data, dtype=np.uint8)

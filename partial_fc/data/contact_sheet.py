@@ -13,6 +13,7 @@ from partial_fc.checks import require
 from partial_fc.data.archives import Archive
 from partial_fc.data.augment import Augmentation
 from partial_fc.data.decode import MAX_PIXELS, ImageError, decode_image
+from partial_fc.data.files import MachineError
 from partial_fc.data.sources import Sources
 from partial_fc.data.transforms import augment_image
 from partial_fc.errors import ConfigError, DataError
@@ -23,6 +24,8 @@ _TITLE, _TEXT, _SMALL = 24, 15, 12
 _PAPER, _INK, _MUTED, _PLAIN, _BAD = "#efeeea", "#1c1c1c", "#6f6f6f", "#1f6fb2", "#c0392b"
 # Most samples of a class that are shown as they are.
 _SAMPLES = 3
+# Pixels of the largest picture that is drawn: 600 MB.
+_MOST_PIXELS = 200_000_000
 # Under a tile: its sample's id, and room before the next row.
 _LINE = 34
 
@@ -37,6 +40,7 @@ def contact_sheet(
     columns: int = 10,
     class_ids: Sequence[int] | None = None,
     max_image_pixels: int = MAX_PIXELS,
+    largest_side: int = _MOST_PIXELS,
 ) -> Image.Image:
     """Draw a row for each of some classes: up to three samples as they are stored, then augmented views of them.
 
@@ -52,18 +56,20 @@ def contact_sheet(
         columns: tiles in a row, 2 or more.
         class_ids: these classes instead.
         max_image_pixels: images with more can't be used.
+        largest_side: of the picture in pixels, where the file that it shall go into has a limit.
 
     Returns:
         An RGB image.
 
     Raises:
-        ConfigError: an argument is out of its range, or a class has no sample.
+        ConfigError: an argument is out of its range, a class has no sample, or the picture would be too large: its
+            sides, or more than 200 million pixels.
     """
     for name, value, least in (("image_size", image_size, 1), ("classes", classes, 1), ("columns", columns, 2)):
         require(value >= least, "contact_sheet", name, value, f"{least} or more")
     labels = source.all_labels()
     chosen = _spread_classes(labels, classes) if class_ids is None else list(class_ids)
-    sheet = _Sheet(image_size, len(chosen), columns)
+    sheet = _Sheet(image_size, len(chosen), columns, largest_side)
     sheet.head(_name(source.path), _summary(source, augmentation, image_size, seed))
     for row, label in enumerate(chosen):
         ids = np.flatnonzero(labels == label)
@@ -87,7 +93,7 @@ def contact_sheet(
 class _Sheet:
     """The paper, and where things go on it."""
 
-    def __init__(self, image_size: int, rows: int, columns: int) -> None:
+    def __init__(self, image_size: int, rows: int, columns: int, largest_side: int = _MOST_PIXELS) -> None:
         self.samples = min(_SAMPLES, columns - 1)
         self._zoom = max(1, round(_TILE / image_size))
         self._side = image_size * self._zoom
@@ -96,7 +102,13 @@ class _Sheet:
         self._top = _MARGIN + 3 * _BAND + 2 * _MARGIN + _GAP
         self._height = _BAND + self._side + _LINE
         width = max(2 * _MARGIN + columns * self._pitch - _GAP + _MARGIN, 480)
-        self.image = Image.new("RGB", (width, self._top + rows * self._height + _GAP), _PAPER)
+        height = self._top + rows * self._height + _GAP
+        if max(width, height) > largest_side or width * height > _MOST_PIXELS:
+            raise ConfigError(
+                f"contact_sheet: the picture would have {width} x {height} pixels, expected at most {largest_side} a "
+                f"side and {_MOST_PIXELS} in all: show fewer classes or columns, or smaller images (data.image_size)"
+            )
+        self.image = Image.new("RGB", (width, height), _PAPER)
         self._draw = ImageDraw.Draw(self.image)
 
     def head(self, title: str, lines: Sequence[str]) -> None:
@@ -162,6 +174,8 @@ def _open(source: Archive | Sources, sample: int, image_size: int, max_image_pix
         return decode_image(source.encoded(np.array([sample]))[0], image_size, max_pixels=max_image_pixels)
     except ImageError as error:
         return error.kind
+    except MachineError:
+        raise
     except DataError:
         return "record"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from typing import NamedTuple
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 
 from partial_fc.data.archives import Archive
 from partial_fc.data.decode import ImageError, decode_image, decode_pixels, inspect_encoded
+from partial_fc.data.files import MachineError
 from partial_fc.data.sources import Sources
 from partial_fc.data.writers import image_ending
 from partial_fc.errors import DataError
@@ -34,6 +36,16 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112
+# How the formats begin that NVIDIA's list for DALI's decoder names: JPEG, PNG, BMP, TIFF, PNM and JPEG 2000; besides
+# WebP. OpenCV reads others too, GIF among them.
+_DALI = (
+    b"\xff\xd8",
+    b"\x89PNG",
+    b"BM",
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+)
 
 
 class Skipped(NamedTuple):
@@ -71,17 +83,26 @@ class Converter:
         self._quality = quality
         self._max_pixels = max_pixels
 
-    def convert(self, samples: np.ndarray) -> list[Skipped | Ready]:
-        """What becomes of these samples, int64 ``[n]``.
+    def convert(self, samples: np.ndarray, stopped: threading.Event) -> list[Skipped | Ready]:
+        """What becomes of these samples, int64 ``[n]``; of fewer once ``stopped`` is set.
 
         Raises:
             DataError: the source can't be read.
         """
+        images: list[np.ndarray] | list[None]
         try:
             images = self._source.encoded(samples)
+        except MachineError:
+            raise
         except DataError:
-            return [self._read(sample) for sample in samples.tolist()]
-        return [self._convert(sample, image) for sample, image in zip(samples.tolist(), images, strict=True)]
+            # One or more of them; each is then read by itself.
+            images = [None] * len(samples)
+        done = []
+        for sample, image in zip(samples.tolist(), images, strict=True):
+            if stopped.is_set():
+                break
+            done.append(self._read(sample) if image is None else self._convert(sample, image))
+        return done
 
     def _read(self, sample: int) -> Skipped | Ready:
         try:
@@ -113,8 +134,10 @@ class Converter:
             return Skipped(error.kind, f"{self._source.locate(sample)}: {error}")
 
     def _stays(self, data: bytes, header: _Header | None) -> bool:
-        """Whether an image is copied as it is."""
-        if self._quality is not None or (self._format == "webdataset" and image_ending(data) is None):
+        """Whether an image is copied as it is: DALI's own readers take what is written, so DALI has to decode it."""
+        if self._quality is not None or not _dali_decodes(data):
+            return False
+        if self._format == "webdataset" and image_ending(data) is None:
             return False
         return self._image_size is None or header == (self._image_size, self._image_size, True)
 
@@ -134,6 +157,11 @@ def _read_header(data: bytes) -> _Header | None:
             return _Header(image.height, image.width, upright)
     except _PILLOW_ERRORS:
         return None
+
+
+def _dali_decodes(data: bytes) -> bool:
+    """Whether an image has a format that DALI decodes."""
+    return data.startswith(_DALI) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
 def _encode(pixels: np.ndarray, quality: int) -> bytes:

@@ -101,9 +101,9 @@ class DaliStream(SampleStream):
         found = set()
         for rows in given:
             for row, sample in enumerate(rows.ids.tolist()):
-                if sample not in self._samples.distrusted and not _decodes(rows.encoded[row], self._device_id):
+                if not self._samples.distrusts(sample) and not _decodes(rows.encoded[row], self._device_id):
                     found.add(sample)
-        self._samples.distrusted |= found
+        self._samples.distrust(found)
         if found:
             logger.warning("DALI can't decode samples %s, the plain decoder can: it does", sorted(found)[:10])
             return

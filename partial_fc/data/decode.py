@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,15 @@ _END_OF_IMAGE = b"\xff\xd9"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END, _FILL = 0xDA, 0xD9, 0xFF
 _RESTART, _FIRST_WITH_LENGTH = 0xD0, 0xC0
+# How the formats begin whose size is read here, and what Pillow calls the others that are decoded.
+_JPEG = b"\xff\xd8"
+_OWN_FORMATS = (_JPEG, b"\x89PNG", b"GIF8", b"BM", b"RIFF")
+_OTHER_FORMATS = ("JPEG2000", "TIFF", "PPM", "AVIF", "SUN")
+# What Pillow raises for bytes that are no image.
+_PILLOW_ERRORS = (OSError, EOFError, ValueError, SyntaxError, ArithmeticError, RuntimeError)
 # Length, precision, height, width, components.
 _FRAME = struct.Struct(">HBHHB")
+_ANY_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 
 
 class ImageError(DataError):
@@ -68,10 +76,12 @@ def inspect_encoded(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[Fau
 def look_at(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[tuple[FaultKind, str] | None, int, int]:
     """Say what shows of an encoded image without decoding it: what is wrong with it, and its size.
 
-    Its size is read from the header of a JPEG, PNG, GIF, BMP or WebP file; nothing is said of other formats, nor of a
-    header that makes no sense, which the decoder will refuse. Releases of the JPEG libraries differ in what they make
-    of a truncated file, an error or an image with a grey end, so it's found here: in the compressed data an FF is
-    always followed by a 00, so that an end marker behind the header can't be there by chance.
+    Its size is read from the header of a JPEG, PNG, GIF, BMP or WebP file. Of JPEG 2000, TIFF, PNM, AVIF and Sun raster
+    files, Pillow reads the header, which takes longer; nothing is said of what is none of these, nor of a header that
+    makes no sense, which the decoder will refuse. A JPEG with an odd header, which it may not refuse, counts by the
+    largest frame in it. Releases of the JPEG libraries differ in what they make of a truncated file, an error or an
+    image with a grey end, so it's found here: in the compressed data an FF is always followed by a 00, so that an end
+    marker behind the header can't be there by chance.
 
     Args:
         data: uint8 array.
@@ -79,22 +89,41 @@ def look_at(data: np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[tuple[Fault
 
     Returns:
         The kind of fault (see :class:`ImageError`) and the reason in words, or None where nothing shows; width and
-        height in pixels, 0 where the header doesn't tell, or where something is odd about it.
+        height in pixels, 0 where something is odd about the header, and for the formats that Pillow reads.
     """
     raw = data.tobytes()
     if len(raw) < 8:
         return ("image" if raw else "empty", f"{len(raw)} bytes are no image: copy the data again"), 0, 0
-    if raw.startswith(b"\xff\xd8"):
+    if raw.startswith(_JPEG):
         header, width, height = _jpeg_size(raw)
         if not raw.endswith(_END_OF_IMAGE) and raw.rfind(_END_OF_IMAGE, header) < 0:
             reason = f"the JPEG of {len(raw)} bytes is truncated (no end marker): copy the data again"
             return ("image", reason), width, height
     else:
         width, height = _size(raw)
-    if width * height > max_pixels:
-        reason = f"{width} x {height} pixels, at most {max_pixels} are decoded"
+    seen = width, height
+    if raw.startswith(_JPEG) and not width:
+        seen = _largest_frame(raw)
+    elif not raw.startswith(_OWN_FORMATS):
+        seen = _size_by_pillow(raw)
+    if seen[0] * seen[1] > max_pixels:
+        reason = f"{seen[0]} x {seen[1]} pixels, at most {max_pixels} are decoded"
         return ("oversized", f"{reason}: shrink the image, or raise data.max_image_pixels"), width, height
     return None, width, height
+
+
+def _size_by_pillow(raw: bytes) -> tuple[int, int]:
+    """Width and height by Pillow, which reads no more than the header; zeros where it makes nothing of it."""
+    Image.init()
+    for name in _OTHER_FORMATS:
+        # Releases of Pillow differ in what they read. Image.open would have a limit of its own.
+        opener, accepts = Image.OPEN.get(name, (None, None))
+        try:
+            if opener is not None and accepts is not None and accepts(raw[:16]):
+                return opener(io.BytesIO(raw), "").size
+        except _PILLOW_ERRORS:
+            pass
+    return 0, 0
 
 
 def _jpeg_size(raw: bytes) -> tuple[int, int, int]:
@@ -118,6 +147,13 @@ def _jpeg_size(raw: bytes) -> tuple[int, int, int]:
             size = width, height
         at += 2 + length
     return 2, 0, 0
+
+
+def _largest_frame(raw: bytes) -> tuple[int, int]:
+    """Width and height of the largest frame header anywhere in a JPEG, for one that only a decoder understands."""
+    frames = (_FRAME.unpack_from(raw, found.end()) for found in _ANY_FRAME.finditer(raw, 0, len(raw) - _FRAME.size))
+    sizes = ((width, height) for length, _, height, width, parts in frames if length == 8 + 3 * parts)
+    return max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
 
 
 def _size(raw: bytes) -> tuple[int, int]:
@@ -155,7 +191,7 @@ def decode_pixels(encoded: np.ndarray | bytes, *, max_pixels: int = MAX_PIXELS) 
     """Decode one image, upright after its EXIF orientation, in its own size.
 
     Args:
-        encoded: JPEG, PNG and whatever else the image library reads; bytes, or a uint8 array.
+        encoded: JPEG, PNG, or another of the formats of :func:`look_at`; bytes, or a uint8 array.
         max_pixels: largest width x height that is decoded.
 
     Returns:
@@ -167,9 +203,12 @@ def decode_pixels(encoded: np.ndarray | bytes, *, max_pixels: int = MAX_PIXELS) 
     data = np.frombuffer(encoded, dtype=np.uint8) if isinstance(encoded, bytes) else encoded
     if found := inspect_encoded(data, max_pixels):
         raise ImageError(*found)
-    image = _decode_opencv(data) if opencv() else _decode_pillow(data)
+    begin = data[:8].tobytes()
+    image = None
+    # OpenCV also reads some formats whose size nobody has seen by now, and it would take memory for any.
+    if begin.startswith(_OWN_FORMATS) or _size_by_pillow(data.tobytes()) != (0, 0):
+        image = _decode_opencv(data) if opencv() else _decode_pillow(data)
     if image is None:
-        begin = data[:8].tobytes()
         raise ImageError("image", f"{data.size} bytes that begin with {begin!r} are no image: copy the data again")
     return image
 
@@ -178,7 +217,7 @@ def decode_image(encoded: np.ndarray | bytes, image_size: int, *, max_pixels: in
     """Decode one image, upright after its EXIF orientation, and resize it where it has another size.
 
     Args:
-        encoded: JPEG, PNG and whatever else the image library reads; bytes, or a uint8 array.
+        encoded: JPEG, PNG, or another of the formats of :func:`look_at`; bytes, or a uint8 array.
         image_size: S.
         max_pixels: largest width x height that is decoded.
 
@@ -217,16 +256,26 @@ def _decode_opencv(data: np.ndarray) -> np.ndarray | None:
     direct = getattr(cv2, "IMREAD_COLOR_RGB", None)
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR if direct is None else direct)
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image is not None and direct is None else image
     except cv2.error:
         return None
+    # A floating-point PNM file becomes something else.
+    if image is None or image.dtype != np.uint8 or image.ndim != 3:
+        return None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if direct is None else image
 
 
 def _decode_pillow(data: np.ndarray) -> np.ndarray | None:
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, Image.DecompressionBombError):
+            # Only a TIFF file has 32 bits in whole numbers; OpenCV refuses both.
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                return None
+            upright = ImageOps.exif_transpose(image)
+            if not upright.mode.startswith("I"):
+                return np.asarray(upright.convert("RGB"))
+            # 16 bits, which Pillow would cut off at 255.
+            return np.repeat((np.asarray(upright) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    except (*_PILLOW_ERRORS, Image.DecompressionBombError):
         return None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from partial_fc.data.augment import Augmentation
 from partial_fc.data.decode import ImageError, decode_image, decode_pixels, look_at
+from partial_fc.data.files import MachineError
 from partial_fc.data.order import Order
 from partial_fc.data.sources import Sources
 from partial_fc.data.table import UNUSABLE
@@ -30,6 +31,8 @@ FAULT_KINDS = ("record", "label", "empty", "oversized", "image")
 # How many positions behind a bad sample are looked at for a good one, and how many at once at first.
 _SEARCH = 10_000
 _SEARCH_STEP = 16
+# A JPEG of the stream's size with a header that is in order; and one that a decoder failed at all the same.
+_USUAL, _DISTRUSTED = 1, 2
 # The first byte of a JPEG.
 _JPEG = 0xFF
 
@@ -71,7 +74,6 @@ class GoodSamples:
 
     Attributes:
         errors: rows handed out whose sample was replaced, by kind.
-        distrusted: samples whose encoded image DALI doesn't get, but its pixels.
     """
 
     def __init__(
@@ -85,12 +87,15 @@ class GoodSamples:
         min_samples: int,
     ) -> None:
         self.errors: Counter[str] = Counter()
-        self.distrusted: set[int] = set()
         self._sources, self._order = sources, order
         self._size, self._max_pixels = (image_size, image_size), max_image_pixels
         self._max_bad_share = max_bad_share
         self._min_samples = min_samples
         self._consumed = 0
+        # What each sample is like, so that it's looked at once. Of an image folder nothing is kept: its files may be
+        # written anew while they are read.
+        self._state = np.zeros(len(sources), dtype=np.uint8)
+        self._keeps = all(archive.format != "folder" for archive in sources.archives)
         # Kind and reason by sample id.
         self._known: dict[int, tuple[str, str]] = {}
         self._named: set[int] = set()
@@ -119,6 +124,8 @@ class GoodSamples:
             else:
                 rows.encoded = self._sources.encoded(ids)
             suspects.update(self._look_at(rows))
+        except MachineError:
+            raise
         except DataError:
             # One or more of the records; each is then looked at by itself.
             rows.encoded = [np.empty(0, dtype=np.uint8)] * len(ids)
@@ -133,6 +140,14 @@ class GoodSamples:
             if sample not in self._known:
                 self._open(sample)
         return any(sample in self._known for sample in rows.ids.tolist())
+
+    def distrust(self, samples: Iterable[int]) -> None:
+        """From now on these samples are among ``Rows.foreign``."""
+        self._state[list(samples)] = _DISTRUSTED
+
+    def distrusts(self, sample: int) -> bool:
+        """Whether that was said of this sample."""
+        return bool(self._state[sample] == _DISTRUSTED)
 
     def replace(self, rows: Rows, row: int) -> np.ndarray:
         """Put a good sample into a row, in place: its own where that is good after all, else one that stands behind.
@@ -214,9 +229,9 @@ class GoodSamples:
             )
 
     def _look_at(self, rows: Rows) -> Iterator[int]:
-        """Rows with an image that shows to be bad; says in ``rows.resized`` what the others are like."""
-        for row, data in enumerate(rows.encoded):
-            fault, width, height = look_at(data, self._max_pixels)
+        """Rows with an image that shows to be bad; notes in ``rows`` what the others are like."""
+        for row in np.flatnonzero(self._state[rows.ids] != _USUAL).tolist():
+            fault, width, height = look_at(rows.encoded[row], self._max_pixels)
             if fault is not None:
                 yield row
             else:
@@ -224,11 +239,14 @@ class GoodSamples:
 
     def _describe(self, rows: Rows, row: int, width: int, height: int) -> None:
         """Note what a good image is like."""
+        sample = int(rows.ids[row])
+        rows.foreign.discard(row)
         if (width, height) != self._size:
             rows.resized = True
-        rows.foreign.discard(row)
-        if width == 0 or rows.encoded[row][0] != _JPEG or int(rows.ids[row]) in self.distrusted:
+        if width == 0 or rows.encoded[row][0] != _JPEG or self._state[sample] == _DISTRUSTED:
             rows.foreign.add(row)
+        elif self._keeps and (width, height) == self._size:
+            self._state[sample] = _USUAL
 
     def _candidates(self, first: int, position: int) -> Iterator[int]:
         """The sample itself, then those of the positions behind it."""
@@ -246,6 +264,8 @@ class GoodSamples:
         ids = np.array([sample])
         try:
             encoded = self._sources.encoded(ids)[0]
+        except MachineError:
+            raise
         except DataError as error:
             self._known[sample] = "record", str(error)
             return None

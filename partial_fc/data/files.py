@@ -8,11 +8,13 @@ import mmap
 import os
 import re
 import resource
+import sys
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +33,54 @@ _KINDS = (
 )
 _UNPACK = "is compressed, and images can't be read from the middle of a compressed file: unpack it"
 _EXPECTED = "expected a .rec file, .tar files, TFRecord files, or sub-folders with images"
+_MAGIC = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_FILES = 1_000_000
-# Python's mmap keeps a descriptor of the file; this part of those that the process may have go to data, and at most so
-# many.
-_DESCRIPTORS_SHARE, _MOST_MAPPINGS = 4, 4096
+# A mapping needs no descriptor of its file, but Python's mmap keeps one, unless it's told not to, which it can be from
+# 3.13 on. Where it does, this part of the descriptors that the process may have go to data.
+_UNTRACKED = sys.version_info >= (3, 13)
+_DESCRIPTORS_SHARE = 4
+# Linux allows 65,530 mappings a process, and others need some.
+_MOST_MAPPINGS = 4096
+_NO_ANSWER = "the file system doesn't answer: see to where it's mounted, and start again"
+# What is wrong with the machine or a file system as a whole, and passes, and then what to do.
+_MACHINE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower data.readers and data.threads",
+    errno.ENFILE: "raise the machine's limit of open files (sysctl fs.file-max), or end other programs",
+    errno.ENOMEM: "free memory, or raise the limits of it (ulimit -v) or of mappings (sysctl vm.max_map_count)",
+    errno.ESTALE: _NO_ANSWER,
+    errno.ENOTCONN: _NO_ANSWER,
+    errno.ETIMEDOUT: _NO_ANSWER,
+}
+_SET_PATH = "set data.path to where the data set's files are, or copy them again"
+
+
+class MachineError(DataError):
+    """A file can't be read now, and that's no fault of the file or a sample: the machine has too little of something.
+
+    Whoever leaves out samples for a ``DataError`` lets this one pass: the same samples are good a moment later, or on
+    another rank.
+    """
+
+
+def unreadable(place: str | Path, what: str, error: OSError, advice: str) -> DataError:
+    """The error to raise where a file can't be read: a ``MachineError`` where that isn't the file's fault.
+
+    Args:
+        place: the file or folder.
+        what: it is, in words.
+        error: why it can't be read.
+        advice: the next step where the file is to blame.
+    """
+    other = machine_error(place, what, error)
+    return other or DataError(f"{place}: can't read {what} ({error.strerror or error}): {advice}")
+
+
+def machine_error(place: str | Path, what: str, error: OSError) -> MachineError | None:
+    """The error to raise where a file can't be read through no fault of its own; None where it's to blame."""
+    remedy = _MACHINE.get(error.errno or 0)
+    return None if remedy is None else MachineError(f"{place}: can't read {what} ({error.strerror}): {remedy}")
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -47,9 +91,10 @@ def map_file(path: Path) -> np.ndarray:
         or a view of it.
 
     Raises:
+        MachineError: the process has too many files open, or too little memory.
         DataError: the file can't be read.
     """
-    return _map(path)[1]
+    return _map(path)
 
 
 def file_size(path: Path) -> int:
@@ -60,8 +105,78 @@ def file_size(path: Path) -> int:
         return 0
 
 
+class Mappings:
+    """Which files a process holds mapped into memory: those used last. For several threads at once.
+
+    Descriptors are the process's, so one object is shared by all of its data sets, and a set of few files that is read
+    often pushes out those of a large one.
+
+    Args:
+        most: mappings kept; None: as many as the process's limits allow now.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
+        self._used: OrderedDict[tuple[weakref.ref[MappedFiles], int], None] = OrderedDict()
+        self._owners: set[weakref.ref[MappedFiles]] = set()
+        self._files = 0
+        self._lock = threading.Lock()
+
+    @property
+    def most(self) -> int:
+        """How many mappings are kept; a view that was handed out keeps its own beyond that."""
+        if self._most is not None:
+            return self._most
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if _UNTRACKED or limit == resource.RLIM_INFINITY:
+            return _MOST_MAPPINGS
+        return max(1, min(limit // _DESCRIPTORS_SHARE, _MOST_MAPPINGS))
+
+    def crowded(self, owner: MappedFiles) -> bool:
+        """Whether the data sets read so far, this one among them, have more files than are kept.
+
+        Views of their files, if kept for long, would then hold more mapped than the process may.
+        """
+        with self._lock:
+            self._join(weakref.ref(owner))
+            return self._files > self.most
+
+    def find(self, owner: MappedFiles, file: int) -> np.ndarray | None:
+        """The bytes of a file of a data set, where it is mapped; it's then the one used last."""
+        with self._lock:
+            data = owner.mapped.get(file)
+            if data is not None:
+                self._used.move_to_end((weakref.ref(owner), file))
+            return data
+
+    def keep(self, owner: MappedFiles, file: int, data: np.ndarray) -> np.ndarray:
+        """Keep a file of a data set mapped, and let go of others; where another thread was first, its bytes come."""
+        reference = weakref.ref(owner)
+        with self._lock:
+            self._join(reference)
+            data = owner.mapped.setdefault(file, data)
+            self._used[reference, file] = None
+            self._used.move_to_end((reference, file))
+            while len(self._used) > self.most:
+                (other, number), _ = self._used.popitem(last=False)
+                # A data set that is gone has taken its mappings along.
+                if (files := other()) is not None:
+                    del files.mapped[number]
+            return data
+
+    def _join(self, reference: weakref.ref[MappedFiles]) -> None:
+        """Count a data set in, and those out that are gone."""
+        if reference not in self._owners:
+            self._owners = {other for other in self._owners if other() is not None} | {reference}
+            self._files = sum(len(files) for other in self._owners if (files := other()) is not None)
+
+
+# The process's own.
+_MAPPINGS = Mappings()
+
+
 class MappedFiles:
-    """The bytes of many files, of which the ones used last stay mapped into memory. For several threads at once.
+    """The bytes of a data set's files, of which those used last stay mapped into memory. For several threads at once.
 
     A file that shrinks while it is mapped ends a process that reads behind its new end (SIGBUS), which no Python code
     can catch. The size is therefore compared at each call; only the moment between remains.
@@ -69,16 +184,19 @@ class MappedFiles:
     Args:
         root: folder that the names are relative to.
         names: of the files.
-        most: mappings kept, each with one descriptor; None: as many as the process's limit allows. A view that was
-            handed out keeps its mapping in use, so whoever keeps views of more files than this keeps more descriptors.
+        mappings: which decide what stays mapped; None: those that all data sets of this process share.
+
+    Attributes:
+        root, names: as given.
+        mappings: as given, or the shared ones.
+        mapped: bytes of the files that are mapped now; ``mappings`` changes it.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], most: int | None = None) -> None:
+    def __init__(self, root: Path, names: Sequence[str], mappings: Mappings | None = None) -> None:
         self.root = root
         self.names = names
-        self.most = most or min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_SHARE, _MOST_MAPPINGS)
-        self._open: OrderedDict[int, tuple[mmap.mmap | None, np.ndarray]] = OrderedDict()
-        self._lock = threading.Lock()
+        self.mappings = mappings or _MAPPINGS
+        self.mapped: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """The number of files."""
@@ -92,88 +210,39 @@ class MappedFiles:
         """The whole file with this index, read-only uint8 ``[size]``: valid as long as someone holds it or a view.
 
         Raises:
+            MachineError: the process has too many files open, or too little memory.
             DataError: the file can't be read, or it has shrunk since it was mapped.
         """
-        with self._lock:
-            held = self._open.get(file)
-            if held is not None:
-                self._open.move_to_end(file)
-        if held is None:
-            # Outside the lock: to open a file on a network's disk takes long, and a file mapped twice does no harm.
-            held = _map(self.path(file))
-            with self._lock:
-                self._open[file] = held
-                while len(self._open) > self.most:
-                    self._open.popitem(last=False)
-        mapping, data = held
-        if mapping is not None and (now := mapping.size()) < data.size:
-            raise DataError(f"{self.path(file)}: shrank from {data.size} to {now} bytes while in use: restore the file")
+        path = self.path(file)
+        data = self.mappings.find(self, file)
+        if data is None:
+            # Without a lock: to open a file on a network's disk takes long, and a file mapped twice does no harm.
+            data = self.mappings.keep(self, file, _map(path))
+        try:
+            now = os.stat(path).st_size
+        except FileNotFoundError:
+            return data  # what is mapped lives on
+        except OSError as error:
+            raise unreadable(path, "the data set", error, _SET_PATH) from error
+        if now < data.size:
+            raise DataError(f"{path}: shrank from {data.size} to {now} bytes while in use: restore the file")
         return data
 
 
-class Names(Sequence[str]):
-    """Many names in two arrays: ten million Python strings would take a gigabyte, and seconds to make.
-
-    Args:
-        text: the names one behind the other, encoded as the file system's, uint8 ``[bytes]``.
-        ends: where each name ends in ``text``, ascending, int64 ``[n]``.
-    """
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
-        self.text = text
-        self.ends = ends
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Names:
-        """The same names, packed."""
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        """The number of names."""
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """One name, or a list of those in a slice.
-
-        Raises:
-            IndexError: there is no such name.
-        """
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(f"index {index} of {len(self)} names")
-        first = int(self.ends[row - 1]) if row else 0
-        return os.fsdecode(self.text[first : int(self.ends[row])].tobytes())
-
-
-def _map(path: Path) -> tuple[mmap.mmap | None, np.ndarray]:
-    """Map a file into memory, read-only: the mapping (None for an empty file), and its bytes."""
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, mapped into memory; of an empty file an empty array."""
+    options: dict[str, Any] = {"trackfd": False} if _UNTRACKED else {}
     try:
         with open(path, "rb") as file:
             if not (size := os.fstat(file.fileno()).st_size):
-                return None, np.frombuffer(b"", dtype=np.uint8)
-            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+                return np.frombuffer(b"", dtype=np.uint8)
+            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **options)
     except OSError as error:
-        raise DataError(f"{path}: can't read the data set ({error.strerror}): {_next_step(error)}") from error
+        raise unreadable(path, "the data set", error, _SET_PATH) from error
     except ValueError as error:
         raise DataError(f"{path}: can't read the data set ({error}): it shrank just now, restore the file") from error
     # A plain array, not a numpy.memmap: slicing that one costs several microseconds an image.
-    return mapping, np.frombuffer(mapping, dtype=np.uint8)
-
-
-def _next_step(error: OSError) -> str:
-    if error.errno == errno.EMFILE:
-        return "raise the limit of open files (ulimit -n)"
-    return "set data.path to where the data set's files are, or copy them again"
+    return np.frombuffer(mapping, dtype=np.uint8)
 
 
 class Found(NamedTuple):
@@ -198,23 +267,21 @@ def find_files(path: str | os.PathLike[str], format: str) -> Found:
     Args:
         path: a folder with ``train.rec`` or a single ``.rec`` file, with ``.tar`` files, with TFRecord files
             (``.tfrecord``, ``.tfrecords``, ``train-00000-of-00010``) or with sub-folders of images; or such a file; or
-            several files: ``shard-*.tar``, or ``shard-{000000..000099}.tar``, of which none may be missing.
+            several files: ``shard-*.tar``, or ``shard-{000000..000099}.tar``, of which none may be missing. ``~`` at
+            its beginning is the home folder. What exists under such a name itself is taken for that.
         format: one of ``FORMATS``, or ``auto``: told from the names.
 
     Raises:
         ConfigError: the files are of no known format, of several, or compressed.
         DataError: a file isn't there.
     """
-    text = os.fspath(path)
+    text = os.path.expanduser(path)
     place = Path(text)
-    if place.is_dir():
+    if os.path.isdir(place):
         return _in_folder(place, format)
-    if place.exists() or not re.search(r"[*?\[{]", text):
-        if not place.exists():
-            raise DataError(
-                f"{place}: can't read the data set (No such file or directory): "
-                "set data.path to where the data set's files are, or copy them again"
-            )
+    if os.path.exists(place) or not _MAGIC.search(text):
+        if not os.path.exists(place):
+            raise DataError(f"{place}: can't read the data set (No such file or directory): {_SET_PATH}")
         root, pattern, names = place.parent, place.name, [place.name]
     else:
         root, pattern, names = _expand(text)
@@ -257,9 +324,7 @@ def _in_folder(root: Path, format: str) -> Found:
         if format == "auto" and (example := _folder_with_images(root, folders)) is not None:
             found["folder"] = [f"{example}/"]
     except OSError as error:
-        raise DataError(
-            f"{error.filename or root}: can't read the data set ({error.strerror}): {_next_step(error)}"
-        ) from error
+        raise unreadable(error.filename or root, "the data set", error, _SET_PATH) from error
     if "train.rec" in found.get("recordio", ()):
         found["recordio"] = ["train.rec"]
     names = {kind: sorted(found[kind]) for kind in found}
@@ -308,14 +373,14 @@ def _not_one(root: Path, format: str, usable: list[str], names: dict[str, list[s
 def _expand(text: str) -> tuple[Path, str, list[str]]:
     """Folder, pattern in it, and names of the files that a path with ``*``, ``?``, ``[]`` or ``{}`` means."""
     parts = Path(text).parts
-    first = next(number for number, part in enumerate(parts) if re.search(r"[*?\[{]", part))
+    literal = (not _MAGIC.search(part) or os.path.exists(Path(*parts[: n + 1])) for n, part in enumerate(parts[:-1]))
+    first = next((n for n, is_literal in enumerate(literal) if not is_literal), len(parts) - 1)
     root, pattern = Path(*parts[:first]), "/".join(parts[first:])
     names: set[str] = set()
     missing: list[str] = []
     members = _expand_braces(pattern)
     for member in members:
-        matches = [member] if not glob.has_magic(member) else glob.glob(member, root_dir=root)
-        files = [name for name in matches if (root / name).is_file()]
+        files = [name for name in _matches(root, member) if os.path.isfile(root / name)]
         names.update(files)
         if not files:
             missing.append(member)
@@ -325,6 +390,20 @@ def _expand(text: str) -> tuple[Path, str, list[str]]:
             f"data.path={text} names are missing: copy them, or name those that are there"
         )
     return root, pattern, sorted(names)
+
+
+def _matches(root: Path, pattern: str) -> list[str]:
+    """Names in a folder that fit a pattern, of whose parts each that exists as it stands is taken for itself."""
+    if not glob.has_magic(pattern):
+        return [pattern]
+    found = [""]
+    for part in pattern.split("/"):
+        found = [
+            os.path.join(name, match)
+            for name in found
+            for match in ([part] if os.path.exists(root / name / part) else glob.glob(part, root_dir=root / name))
+        ]
+    return found
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -356,11 +435,11 @@ def read_property(path: Path) -> int | None:
     """Number of classes in a ``property`` file (``classes,height,width``), or None where there is no such file.
 
     Raises:
-        DataError: it's damaged.
+        DataError: it's damaged, or can't be read.
     """
-    if not path.exists():
+    if (content := _read_beside(path)) is None:
         return None
-    text = path.read_bytes()[:80].decode("ascii", "replace")
+    text = content[:80].decode("ascii", "replace")
     match = re.match(r"\s*(\d{1,15})\s*,", text)
     if not match or int(match[1]) < 1:
         raise DataError(f"{path}: begins with {text[:20]!r}, expected 'classes,height,width': copy the file again")
@@ -368,10 +447,23 @@ def read_property(path: Path) -> int | None:
 
 
 def read_class_names(path: Path) -> list[str] | None:
-    """Names of classes, one a line, from a ``classes.txt`` as ``prepare`` writes it; None where there is none."""
-    if not path.exists():
+    """Names of classes, one a line, from a ``classes.txt`` as ``prepare`` writes it; None where there is none.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    content = _read_beside(path)
+    return None if content is None else content.decode("utf-8", "surrogateescape").split("\n")[:-1]
+
+
+def _read_beside(path: Path) -> bytes | None:
+    """What is in a file beside the data; None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
         return None
-    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+    except OSError as error:
+        raise unreadable(path, "the file", error, "give the right to read it, or take it away") from error
 
 
 def sync_folder(folder: Path) -> None:

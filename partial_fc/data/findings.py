@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _MEANING = {
-    "record": "the record is damaged",
+    "record": "its record is damaged, or its file can't be read",
     "label": "no label that can be used",
     "empty": "no bytes of an image",
     "oversized": "more pixels than are allowed",
@@ -117,8 +117,10 @@ class ValidationReport:
         checked: how many of them were decoded, spread evenly over the data set.
         unusable: how many of those can't be used, by kind: each of ``FAULT_KINDS``, 0 where there is none.
         first: the first few of each kind.
-        bad_checksums: records whose checksum isn't that of their data; None where the format has no checksums.
+        bad_checksums: records whose checksum isn't that of their data; None where the format has no checksums, or
+            where they were skipped.
         checksums_first: the first few of these, file and byte.
+        checksums_skipped: whether there are checksums that weren't compared, as not all samples were checked.
         classes, images, copies: see there.
         image_size: what the sizes of the images were compared with, if anything.
         seconds: how long it took.
@@ -131,6 +133,7 @@ class ValidationReport:
     first: dict[str, list[Example]]
     bad_checksums: int | None
     checksums_first: list[str]
+    checksums_skipped: bool
     classes: ClassFigures
     images: ImageFigures
     copies: Copies
@@ -236,6 +239,8 @@ def _figures(report: ValidationReport) -> Iterator[tuple[str, list[str]]]:
         yield "copies", [f"{copies.within:,} within a class, {copies.across:,} images in several classes", *pairs]
     if report.bad_checksums is not None:
         yield "checksums", [f"{report.bad_checksums:,} wrong"]
+    elif report.checksums_skipped:
+        yield "checksums", ["not checked (--limit)"]
     yield "time", [f"{report.seconds:.1f} s, {report.checked / max(report.seconds, 1e-9):,.0f} samples a second"]
 
 

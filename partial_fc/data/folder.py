@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from partial_fc.data.files import IMAGE_EXTENSIONS
+from partial_fc.data.files import IMAGE_EXTENSIONS, machine_error, unreadable
 from partial_fc.data.table import MAX_IMAGE_BYTES, UNUSABLE, Fault, Progress, Scan
 from partial_fc.errors import DataError
 
@@ -35,6 +35,7 @@ def scan_folder(root: Path, progress: Progress | None = None) -> tuple[list[str]
         regular file, is a fault of its row.
 
     Raises:
+        MachineError: the process has too many files open, or too little memory.
         DataError: a folder can't be read, or there is no image.
     """
     classes = _classes(root)
@@ -80,7 +81,9 @@ def _classes(root: Path) -> list[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:
+    except OSError as error:
+        if failure := machine_error(entry.path, "the folder", error):
+            raise failure from error
         return False  # a link to itself, say
 
 
@@ -89,6 +92,8 @@ def _size(entry: os.DirEntry[str]) -> int | str:
     try:
         info = entry.stat()
     except OSError as error:
+        if failure := machine_error(entry.path, "the image", error):
+            raise failure from error
         return f"can't be read ({error.strerror}): restore the file, or remove the link"
     if not stat.S_ISREG(info.st_mode):
         return "not a regular file: remove it"  # to open a pipe would wait for ever
@@ -98,7 +103,7 @@ def _size(entry: os.DirEntry[str]) -> int | str:
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path}: can't read the folder ({error.strerror}): set data.path, or give the right to read it")
+    return unreadable(path, "the folder", error, "set data.path, or give the right to read it")
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

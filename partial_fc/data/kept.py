@@ -18,10 +18,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from partial_fc.data.files import Found, Names, read_class_names, read_property, sync_folder
+from partial_fc.data.files import Found, machine_error, read_class_names, read_property, sync_folder
 from partial_fc.data.folder import scan_folder
 from partial_fc.data.recordio import scan_recordio
-from partial_fc.data.table import UNUSABLE, Fault, Progress, Scan
+from partial_fc.data.table import UNUSABLE, Fault, Names, Progress, Scan
 from partial_fc.data.tar import scan_tars
 from partial_fc.data.tfrecord import scan_tfrecords
 from partial_fc.errors import DataError
@@ -34,6 +34,8 @@ _COLUMNS: dict[str, Any] = {"file": np.int32, "offset": np.int64, "length": np.i
 # What may stand beside the files of any format but image folders: number and names of classes.
 _ABOUT = ("property", "classes.txt")
 _NAMES: dict[str, Any] = {"text": np.uint8, "ends": np.int64}
+# Bytes from which on an array is mapped: each mapping of numpy's takes a descriptor, and there may be many data sets.
+_MAPPED = 1 << 20
 # How often a table is put in its place where other processes put theirs there at the same time.
 _TRIES = 10
 
@@ -58,7 +60,7 @@ def kept_table(
     Args:
         found: the data set's files.
         keys: ``image_key`` and ``label_key``, of TFRecord.
-        cache: folder to keep the table in; None: ``.partial_fc`` beside the data.
+        cache: folder to keep the table in, ``~`` for the home folder; None: ``.partial_fc`` beside the data.
         progress: called with what is done and the total while files are scanned.
 
     Raises:
@@ -67,7 +69,7 @@ def kept_table(
     options: dict[str, Any] = {"format": found.format, "pattern": found.pattern, **keys}
     places = [(found.root / ".partial_fc", options)]
     if cache is not None:
-        places.insert(0, (Path(cache), {**options, "root": os.path.realpath(found.root)}))
+        places.insert(0, (Path(os.path.expanduser(cache)), {**options, "root": os.path.realpath(found.root)}))
     folders = [(place / _folder_name(found, chosen), chosen) for place, chosen in places]
     why = ""
     for folder, chosen in folders:
@@ -211,6 +213,7 @@ def _load(folder: Path, options: dict[str, Any], found: Found) -> Table:
 
     Raises:
         _Outdated: there is none, it's damaged, or the data set isn't what it was.
+        MachineError: the process has too many files open, or too little memory.
     """
     try:
         facts = kept_facts(folder)
@@ -221,7 +224,8 @@ def _load(folder: Path, options: dict[str, Any], found: Found) -> Table:
         state = [_stat(found.root, name) for name, _, _ in stored] if found.format == "folder" else list(_state(found))
         if state != stored:
             changed = sorted({tuple(entry) for entry in state} ^ {tuple(entry) for entry in stored})
-            raise _Outdated(f"{changed[0][0] if changed else 'the order of the files'} was changed")
+            what = found.root / changed[0][0] if changed else "the order of the files"
+            raise _Outdated(f"{what} was changed")
         columns: dict[str, Any] = {name: kept_array(folder, name, dtype) for name, dtype in _COLUMNS.items()}
         names = _names(folder, "name")
         class_names = _names(folder, "class") if facts["class_names"] else None
@@ -233,7 +237,12 @@ def _load(folder: Path, options: dict[str, Any], found: Found) -> Table:
         return Table(scan, names, class_names)
     except FileNotFoundError as error:
         raise _Outdated(f"{error.filename} is missing" if folder.exists() else "") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        # To scan all files anew would only take longer to come to the same.
+        if failure := machine_error(folder, "the table", error):
+            raise failure from error
+        raise _Outdated(f"{folder} is damaged ({error})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _Outdated(f"{folder} is damaged ({error})") from error
 
 
@@ -307,19 +316,22 @@ def kept_facts(folder: Path) -> Any:
 
 
 def kept_array(folder: Path, name: str, dtype: type[np.generic]) -> np.ndarray:
-    """An array ``[n]`` that ``keep_arrays`` wrote, mapped, so that all processes of a machine share its memory.
+    """An array ``[n]`` that ``keep_arrays`` wrote, read-only; mapped, so that all processes share it, unless small.
 
     Raises:
         OSError: there is none.
         ValueError: it's damaged or of another type.
     """
+    path = folder / f"{name}.npy"
     try:
-        array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        small = path.stat().st_size < _MAPPED
+        array = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
     except (EOFError, OverflowError, SyntaxError, TypeError, TokenError) as error:
         raise ValueError(f"{name}.npy: {error}") from error
     if array.dtype != dtype or array.ndim != 1:
         raise ValueError(f"{name}.npy: {array.dtype} {array.shape}, expected {np.dtype(dtype)} [n]")
-    # A plain array, as above.
+    array.flags.writeable = False
+    # A plain array: slicing a memmap takes microseconds.
     return np.asarray(array)
 
 

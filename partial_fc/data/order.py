@@ -3,14 +3,14 @@
 An order is a function of (seed, position): nothing is shuffled, resuming needs one integer, and the world size and the
 batch size have no part in it. Position p lies in pass ``p // L`` of the order's length L.
 
-=================== ==================================================== ==========================================
+=================== ==================================================== ===============================================
 order               a pass                                               what it stores
-=================== ==================================================== ==========================================
+=================== ==================================================== ===============================================
 ``SampleOrder``     every sample once, by ``perm(seed, pass)[p % N]``    nothing, for 10^9 samples too
 ``WeightedOrder``   every source as often as its weight says             a few numbers a source
-``BalancedOrder``   every class as often as its size to the power 1 - b  where each class's samples are
+``BalancedOrder``   every class as often as its size to the power 1 - b  where each class's samples and turns are
 ``IdentityOrder``   every class once, K of its samples in a row          where each class's samples are
-=================== ==================================================== ==========================================
+=================== ==================================================== ===============================================
 
 The samples of a class or source of n are drawn in turn: of any n draws in a row that begin at a multiple of n each
 takes another sample, in an order that changes from turn to turn.
@@ -26,9 +26,14 @@ import numpy as np
 from partial_fc.errors import ConfigError, DataError
 from partial_fc.permutation import KeyedPermutation, draw_in_turn, hash64
 
-# Keeps this stream of keys apart from the others that are made from the same seed.
+# Keep these streams of keys apart from one another and from the others that are made from the same seed.
 _STREAM_TAG = 0x0DE5
 _TURN_TAG = 0x7042
+_OFFSET_TAG = 0x0FF5
+
+# The turns of a class in a pass are counted in 2**-24, which go into an int64 up to 2**38 samples.
+_FRACTION_BITS = 24
+_WHOLE = 1 << _FRACTION_BITS
 
 
 class Order(ABC):
@@ -72,7 +77,7 @@ class Order(ABC):
         elements = np.empty_like(within)
         for number in np.unique(passes).tolist():
             rows = passes == number
-            elements[rows] = KeyedPermutation(count, hash64(self.seed, _STREAM_TAG, number))(within[rows])
+            elements[rows] = KeyedPermutation(count, hash64(self.seed, _STREAM_TAG, number), pairs=True)(within[rows])
         return passes, elements
 
 
@@ -97,8 +102,8 @@ class SampleOrder(Order):
 class WeightedOrder(Order):
     """Sources one behind the other, each with a weight: in a pass a source of n samples has ``round(weight n)`` turns.
 
-    A weight of 2 shows every sample of the source twice a pass, 0.5 half of them, the other half in the next pass. With
-    weights of 1 it's :class:`SampleOrder`.
+    It has one turn at least, so a weight below 1 / n counts as 1 / n. A weight of 2 shows every sample of the source
+    twice a pass, 0.5 half of them, the other half in the next pass. With weights of 1 it's :class:`SampleOrder`.
 
     Args:
         sizes: samples of each source.
@@ -155,15 +160,18 @@ class ClassIndex:
 
     def __init__(self, labels: np.ndarray) -> None:
         self.num_samples = len(labels)
-        # Files of this field are sorted by class, as a rule; then nothing need be stored.
-        self._by_class = None
-        if len(labels) and (labels[0] < 0 or np.any(labels[1:] < labels[:-1])):
-            by_class = np.argsort(labels, kind="stable")
-            unusable = int(np.count_nonzero(labels < 0))
-            self._by_class = by_class[unusable:].astype(np.uint32 if len(labels) <= 1 << 32 else np.int64)
-            labels = labels[self._by_class]
+        unusable = np.flatnonzero(labels < 0)
+        if unusable.size:
+            labels = np.delete(labels, unusable)
         if not len(labels):
             raise DataError("no sample of the data set has a class: look at it with 'partial-fc validate'")
+        # How many usable samples stand before each unusable one.
+        self._before = unusable - np.arange(len(unusable))
+        # Files of this field are sorted by class, as a rule; then nothing else need be stored.
+        self._by_class = None
+        if np.any(labels[1:] < labels[:-1]):
+            self._by_class = np.argsort(labels, kind="stable").astype(np.uint32 if len(labels) <= 1 << 32 else np.int64)
+            labels = labels[self._by_class]
         first = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]]))
         self.classes = labels[first]
         self.counts = np.diff(np.append(first, len(labels)))
@@ -172,14 +180,21 @@ class ClassIndex:
     def samples(self, group: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Sample ``index`` of the class ``classes[group]``, elementwise; int64."""
         place = self._starts[group] + index
-        return place if self._by_class is None else self._by_class[place].astype(np.int64)
+        if self._by_class is not None:
+            place = self._by_class[place].astype(np.int64)
+        return place + np.searchsorted(self._before, place, side="right")
 
 
 class BalancedOrder(Order):
-    """Classes more evenly than they are: a pass has ``n_c ** (1 - balance)`` turns of a class of n_c, up to a factor.
+    """Classes more evenly than they are: a class of n_c samples has ``t_c = f n_c ** (1 - balance)`` turns a pass.
 
-    The factor makes a pass about as long as the data set has samples; every class has one turn or more. Over the passes
-    the samples of a class are drawn in turn.
+    The factor f makes a pass as long as there are samples with a class; then no t_c is below 1. A class has
+    ``floor(t_c)`` or ``ceil(t_c)`` turns in a pass, and in the first 2**k passes together 2**k t_c of them, rounded up
+    or down (t_c is kept to 2**-24). Over the passes its samples are drawn in turn.
+
+    The classes stand one behind the other on a line, each as long as its t_c. A pass takes the points q + u of the
+    line, q = 0, 1, ...; its u in [0, 1) is another one each time, by the sequence of van der Corput, of which it can be
+    said in closed form how many of the first p numbers are less than a bound: so many turns came before pass p.
 
     Args:
         classes: where the samples of each class are.
@@ -193,20 +208,33 @@ class BalancedOrder(Order):
     def __init__(self, classes: ClassIndex, seed: int, balance: float = 1.0) -> None:
         if not 0 <= balance <= 1:
             raise ConfigError(f"data.balance must be from 0 to 1, got {balance}")
-        turns = classes.counts ** (1 - balance)
-        turns *= classes.counts.sum() / turns.sum()
-        self._turns = np.maximum(1, np.rint(turns)).astype(np.int64)
-        self._turn_starts = _starts(self._turns)
+        length = int(classes.counts.sum())
+        ends = np.cumsum(classes.counts ** (1 - balance))
+        # Where each class begins on the line, and where the last one ends, in 2**-24.
+        self._edges = np.concatenate([[0], np.rint(ends * (length / ends[-1]) * _WHOLE)]).astype(np.int64)
+        self._edges[-1] = length << _FRACTION_BITS
+        self._key = hash64(seed, _OFFSET_TAG) % _WHOLE
         self._classes = classes
-        super().__init__(classes.num_samples, int(self._turns.sum()), seed)
+        super().__init__(classes.num_samples, length, seed)
 
     def _sample_ids(self, positions: np.ndarray) -> np.ndarray:
         passes, element = self._shuffled(positions, self.length)
-        group = np.searchsorted(self._turn_starts, element, side="right") - 1
-        draw = passes * self._turns[group] + (element - self._turn_starts[group])
+        offset = _van_der_corput(passes) ^ self._key
+        group = np.searchsorted(self._edges, (element << _FRACTION_BITS) + offset, side="right") - 1
+        begin, end = self._edges[group], self._edges[group + 1]
+        # The pass's first point in the class: those before it are of the classes before.
+        first = begin - offset + _WHOLE - 1 >> _FRACTION_BITS
+        draw = self._points_before(passes, end) - self._points_before(passes, begin) + element - first
         return self._classes.samples(
             group, draw_in_turn(hash64(self.seed, _TURN_TAG), group, self._classes.counts[group], draw)
         )
+
+    def _points_before(self, passes: np.ndarray, edge: np.ndarray) -> np.ndarray:
+        """How many points all the passes before one have that are less than an edge."""
+        whole, bound = edge >> _FRACTION_BITS, edge & _WHOLE - 1
+        rounds, number = passes >> _FRACTION_BITS, passes & _WHOLE - 1
+        # After 2**24 passes each u has been there once.
+        return passes * whole + rounds * bound + _count_below(bound, number, self._key)
 
 
 class IdentityOrder(Order):
@@ -272,3 +300,24 @@ def local_positions(start: int, batch_size: int, rank: int, world_size: int) -> 
 def _starts(sizes: np.ndarray) -> np.ndarray:
     """Where each of several runs begins when they stand one behind the other; int64."""
     return np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64)
+
+
+def _van_der_corput(index: np.ndarray) -> np.ndarray:
+    """Numbers of the sequence 0, 1/2, 1/4, 3/4, 1/8, ..., in 2**-24: the low 24 bits of the index, mirrored."""
+    result = np.zeros_like(index)
+    for bit in range(_FRACTION_BITS):
+        result |= (index >> bit & 1) << _FRACTION_BITS - 1 - bit
+    return result
+
+
+def _count_below(bound: np.ndarray, number: np.ndarray, key: int) -> np.ndarray:
+    """How many of the first ``number`` of the sequence, xor ``key``, are less than ``bound``; both below 2**24."""
+    total = np.zeros_like(number)
+    mirrored = _van_der_corput(number)
+    for bit in range(int(number.max(initial=0)).bit_length()):
+        # The indices with the higher bits of `number`, without this one, and with any below it: their u are 2**bit
+        # numbers at equal distances, of which `lowest` is the first.
+        distance = _WHOLE >> bit
+        lowest = (mirrored & (distance >> 1) - 1) ^ key & distance - 1
+        total += (number >> bit & 1) * ((bound - lowest + distance - 1) // distance)
+    return total

@@ -2,22 +2,23 @@
 
 The bytes that come out depend on the samples and the arguments alone, not on the number of workers, nor on whether the
 work was interrupted. Threads read, check, decode and encode pieces of the samples; one writes them, in order. After
-every 64 MiB what was written is brought to the disk, and then ``prepare.json``, which says up to where it counts.
-Files have names that end in ``.partial`` until all are complete.
+every 64 MiB or 10 seconds, and when it is interrupted, what was written is brought to the disk, and then
+``prepare.json``, which says up to where it counts. Files have names that end in ``.partial`` until all are complete.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,22 +31,19 @@ from partial_fc.data.archives import Archive
 from partial_fc.data.convert import Converter, Ready, Skipped
 from partial_fc.data.decode import MAX_PIXELS
 from partial_fc.data.destination import STATE_FILE, Destination, LostFiles, State, written_to
+from partial_fc.data.pieces import cut, in_order
 from partial_fc.data.sources import Sources
 from partial_fc.data.table import UNUSABLE
 from partial_fc.data.writers import PlainRecordWriter, ShardWriter
 from partial_fc.errors import ConfigError, DataError
+from partial_fc.machine import processors
 from partial_fc.permutation import KeyedPermutation, hash64
 
 logger = logging.getLogger("partial_fc.data")
 
 # Labels from here on may have been rounded when they became float32.
 _FLOAT32_EXACT = 1 << 24
-_COMMIT_BYTES = 1 << 26
-# A piece of work: about this many encoded bytes, and at most so many samples.
-_PIECE_BYTES = 1 << 20
-_PIECE = 64
-# Taken for an image of unknown size.
-_GUESSED_BYTES = 1 << 17
+_COMMIT_BYTES, _COMMIT_SECONDS = 1 << 26, 10.0
 # Samples whose bytes are part of the source's fingerprint.
 _PROBES = 64
 _SHUFFLE_KEY = 0x707265706172
@@ -106,7 +104,7 @@ def prepare(
         destination: folder; made if it isn't there. It has to be empty, or prepare's own.
         format: of the files that are written.
         image_size: S: images of another size, or not upright, are resized to ``S x S`` and encoded as JPEG. Default:
-            each keeps its size.
+            each keeps its size. Images of formats that DALI doesn't decode, such as GIF, are encoded in any case.
         quality: of JPEG, 1 to 100: every image is encoded anew. Default: those that ``image_size`` leaves as they are
             are copied, byte for byte, and the others get 95, as by MXNet's ``im2rec.py`` and InsightFace's
             ``face2rec2.py``. Those subsample colour (4:2:0, the default of OpenCV); here it isn't (4:4:4), for 1.4
@@ -137,7 +135,7 @@ def prepare(
     with written_to(place):
         place.mkdir(parents=True, exist_ok=True)
         with Destination(place) as files:
-            return _Job(source, labels, files, arguments, workers or _processors(), progress).run()
+            return _Job(source, labels, files, arguments, workers or processors(), progress).run()
 
 
 def _check_arguments(arguments: dict[str, Any], workers: int | None, shuffle_seed: int | None) -> None:
@@ -244,8 +242,13 @@ class _Job:
         if state.position:
             logger.info("%s: goes on at sample %d of %d", self.place.folder, state.position, len(order))
         try:
-            with closing(self._converted(order, state.position)) as pieces:
-                self._write_pieces(state, writer, pieces, len(order))
+            pieces = cut(self.source, len(order), lambda rows: order[rows], state.position)
+
+            def convert(rows: np.ndarray, stopped: threading.Event) -> list[Skipped | Ready]:
+                return self.converter.convert(order[rows], stopped)
+
+            with closing(in_order(convert, pieces, self.workers)) as converted:
+                state = self._write_pieces(state, writer, order, converted)
             if not state.written:
                 self._give_up(state)
             state.writer = writer.finish()
@@ -259,27 +262,52 @@ class _Job:
         self,
         state: State,
         writer: PlainRecordWriter | ShardWriter,
-        pieces: Iterable[tuple[np.ndarray, list[Skipped | Ready]]],
-        total: int,
-    ) -> None:
-        """Write what comes, count it in the state, and commit both from time to time."""
-        committed = writer.written
-        for samples, results in pieces:
-            for sample, label, result in zip(samples.tolist(), self.labels[samples].tolist(), results, strict=True):
-                if isinstance(result, Skipped):
-                    state.skip(*result)
-                    continue
-                writer.write(sample, result.image, label)
-                state.size = state.size or [result.height, result.width]
-                state.written += 1
-                state.reencoded += result.reencoded
-            state.position += len(samples)
-            if writer.written - committed >= _COMMIT_BYTES:
-                state.writer = writer.sync()
+        order: np.ndarray,
+        converted: Iterable[tuple[np.ndarray, list[Skipped | Ready]]],
+    ) -> State:
+        """Write what comes, and commit it from time to time and when interrupted; returns the state after it."""
+        committed, committed_at = writer.written, time.monotonic()
+        try:
+            for rows, results in converted:
+                # The state counts whole pieces: where one is interrupted, it speaks of the end of the one before.
+                state = self._write_piece(state, writer, order[rows], results)
+                if writer.written - committed >= _COMMIT_BYTES or time.monotonic() - committed_at >= _COMMIT_SECONDS:
+                    writer.sync()
+                    self.place.save(state)
+                    committed, committed_at = writer.written, time.monotonic()
+                if self.progress is not None:
+                    self.progress(state.position, len(order))
+        except OSError:
+            # After a failed fsync the next one may succeed, with what was lost: the last commit stands.
+            raise
+        except BaseException:
+            # It stands, too, where a file was just being closed.
+            with suppress(OSError, ValueError):
+                writer.sync()
                 self.place.save(state)
-                committed = writer.written
-            if self.progress is not None:
-                self.progress(state.position, total)
+            raise
+        return state
+
+    def _write_piece(
+        self,
+        before: State,
+        writer: PlainRecordWriter | ShardWriter,
+        samples: np.ndarray,
+        results: list[Skipped | Ready],
+    ) -> State:
+        """Write a piece; returns the state after it, with the files' ends."""
+        state = copy.deepcopy(before)
+        for sample, label, result in zip(samples.tolist(), self.labels[samples].tolist(), results, strict=True):
+            if isinstance(result, Skipped):
+                state.skip(*result)
+                continue
+            writer.write(sample, result.image, label)
+            state.size = state.size or [result.height, result.width]
+            state.written += 1
+            state.reencoded += result.reencoded
+        state.position += len(samples)
+        state.writer = writer.state()
+        return state
 
     def _order(self) -> np.ndarray:
         """The samples in the order in which they're written, int64."""
@@ -291,34 +319,6 @@ class _Job:
             return usable
         permutation = KeyedPermutation(len(usable), hash64(_SHUFFLE_KEY, seed))
         return usable[permutation(np.arange(len(usable), dtype=np.int64))]
-
-    def _converted(
-        self, order: np.ndarray, position: int
-    ) -> Generator[tuple[np.ndarray, list[Skipped | Ready]], None, None]:
-        """The pieces of the order from a position on, and what became of their samples; in order."""
-        pieces = self._pieces(order, position)
-        waiting: deque[tuple[np.ndarray, Future[list[Skipped | Ready]]]] = deque()
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            while True:
-                for piece in islice(pieces, 2 * self.workers + 1 - len(waiting)):
-                    waiting.append((piece, pool.submit(self.converter.convert, piece)))
-                if not waiting:
-                    return
-                piece, future = waiting.popleft()
-                yield piece, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _pieces(self, order: np.ndarray, position: int) -> Iterator[np.ndarray]:
-        block = 64 * _PIECE
-        for start in range(position, len(order), block):
-            samples = order[start : start + block]
-            lengths = self.source.lengths(samples)
-            lengths[lengths < 0] = _GUESSED_BYTES
-            number = (np.cumsum(lengths) - lengths) // _PIECE_BYTES
-            ends = (np.diff(number) > 0) | (np.arange(1, len(samples)) % _PIECE == 0)
-            yield from np.split(samples, np.flatnonzero(ends) + 1)
 
     def _write_extras(self, state: State) -> list[str]:
         """Write the small files, under their partial names; returns their final ones."""
@@ -379,11 +379,6 @@ def _describe(source: Archive | Sources, labels: np.ndarray) -> dict[str, Any]:
     for sample in np.unique(np.linspace(0, len(source) - 1, _PROBES, dtype=np.int64)):
         with suppress(DataError):
             digest.update(source.encoded(np.array([sample]))[0].tobytes())
-        digest.update(source.locate(int(sample)).encode("utf-8", "surrogateescape") + b"\0")
     for name in _class_names(source) or ():
         digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
     return {"samples": len(source), "num_classes": source.num_classes, "fingerprint": digest.hexdigest()}
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

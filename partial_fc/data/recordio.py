@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from partial_fc.data.files import MappedFiles, read_property
+from partial_fc.data.files import MappedFiles, read_property, unreadable
 from partial_fc.data.table import MAX_IMAGE_BYTES, UNUSABLE, Fault, Progress, Scan
 from partial_fc.errors import DataError
 
@@ -341,9 +341,7 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: can't read the index of the .rec beside it ({error.strerror}): copy it from the data's source"
-        ) from error
+        raise unreadable(path, "the index of the .rec beside it", error, "copy it from the data's source") from error
     # What is left of well-formed lines without their digits; the numbers are then parsed in one call, not line by line.
     shape = data.translate(bytes.maketrans(b" ", b"\t"), b"0123456789\r")
     lines = len(shape) // 2

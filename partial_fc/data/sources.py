@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from partial_fc.data.archives import Archive
 from partial_fc.data.table import UNUSABLE, Fault
 from partial_fc.errors import ConfigError
 
-# Labels are int64; this leaves a bit for what is added to them.
-_MOST_CLASSES = 1 << 62
+# The centres of so many, 512 bfloat16 each, take a PiB: a label beyond is damage.
+_MOST_CLASSES = 1 << 40
 
 
 class Sources:
@@ -28,10 +29,11 @@ class Sources:
         archives: as given.
         sizes: the number of samples of each.
         num_classes: C: the sum of the archives' class counts; where classes are merged, the largest of them.
-        path: what messages name: the archive's path, or the folder that all archives have in common.
+        path: what messages name, and no place to read from: ``/data/a/train.rec``, of several ``/data/a and 2 more``.
+        class_names: C names, where all archives have them and none of them is merged with another; else None.
 
     Raises:
-        ConfigError: no archive is given, or C is 2**62 or more: labels are int64.
+        ConfigError: no archive is given, or C is more than 2**40.
     """
 
     def __init__(self, archives: Sequence[Archive], *, merge_classes: bool = False) -> None:
@@ -42,15 +44,12 @@ class Sources:
         self._ends = np.cumsum(self.sizes)
         counts = [archive.num_classes for archive in archives]
         self.num_classes = max(counts) if merge_classes else sum(counts)
-        if self.num_classes >= _MOST_CLASSES:
-            largest = self.archives[counts.index(max(counts))]
-            raise ConfigError(
-                f"{largest.path}: {largest.num_classes} classes, so that there are {self.num_classes} in all, expected "
-                "fewer than 2**62, since labels are int64: correct num_classes of this data set, or its largest label"
-            )
+        if self.num_classes > _MOST_CLASSES:
+            raise self._too_many(self.archives[counts.index(max(counts))])
         self._shifts = [0] * len(counts) if merge_classes else [sum(counts[:i]) for i in range(len(counts))]
-        paths = [archive.path for archive in archives]
-        self.path = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute() for path in paths]))
+        first, others = self.archives[0], len(counts) - 1
+        self.path = Path(f"{first.path} and {others} more") if others else first.path
+        self.class_names = _joined_names(self.archives, merged=merge_classes)
 
     def __len__(self) -> int:
         """N, the number of samples of all archives together, those that can't be used among them."""
@@ -109,14 +108,27 @@ class Sources:
         return archive.fault(own)
 
     def locate(self, sample: int) -> str:
-        """Where a sample is, for messages: see ``Archive.locate``; of several archives with the folder of the one.
+        """Where a sample is, for messages: see ``Archive.locate``.
 
         Raises:
             IndexError: the id is out of range.
         """
         archive, own = self._find(sample)
-        where = archive.locate(own)
-        return where if len(self.archives) == 1 else str(archive.root / where)
+        return archive.locate(own)
+
+    def _too_many(self, archive: Archive) -> ConfigError:
+        """What to raise where there are too many classes, most of them in this archive."""
+        labels = archive.all_labels()
+        sample = int(np.argmax(labels))
+        if archive.num_classes == int(labels[sample]) + 1:
+            what = f"sample {sample} ({archive.locate(sample)}) has the label {labels[sample]}"
+            advice = "correct the label, or leave this sample out"
+        else:
+            what = f"{archive.path} has {archive.num_classes} classes"
+            advice = "correct num_classes of this data set"
+        return ConfigError(
+            f"{what}, so that there are {self.num_classes} classes in all, expected at most 2**40: {advice}"
+        )
 
     def _find(self, sample: int) -> tuple[Archive, int]:
         """The archive of a sample, and the sample's id there."""
@@ -131,6 +143,45 @@ class Sources:
         for number in np.unique(owner).tolist():
             rows = np.flatnonzero(owner == number)
             yield number, rows, ids[rows] - (self._ends[number] - self.sizes[number])
+
+
+class _JoinedNames(Sequence[str]):
+    """Lists of names one behind the other, none of which is read before it's asked for."""
+
+    def __init__(self, lists: list[Sequence[str]]) -> None:
+        self._lists = lists
+        self._ends = np.cumsum([len(names) for names in lists]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"index {index} of {len(self)} names")
+        number = bisect_right(self._ends, row)
+        return self._lists[number][row - self._ends[number]]
+
+
+def _joined_names(archives: list[Archive], merged: bool) -> Sequence[str] | None:
+    """Names of all classes; None where an archive has none, or not one for each class."""
+    lists = [archive.class_names for archive in archives]
+    if len(lists) == 1:
+        return lists[0]
+    named = [
+        names
+        for names, archive in zip(lists, archives, strict=True)
+        if names is not None and len(names) == archive.num_classes
+    ]
+    return None if merged or len(named) < len(lists) else _JoinedNames(named)
 
 
 def _shifted(labels: np.ndarray, shift: int) -> np.ndarray:

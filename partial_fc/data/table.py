@@ -6,10 +6,11 @@ from the files once; ``archives`` caches it, and reads images by it without know
 
 from __future__ import annotations
 
+import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -70,6 +71,50 @@ class Scan:
     def __len__(self) -> int:
         """N, the number of samples."""
         return len(self.label)
+
+
+class Names(Sequence[str]):
+    """Many names in two arrays: ten million Python strings would take a gigabyte, and seconds to make.
+
+    Args:
+        text: the names one behind the other, encoded as the file system's, uint8 ``[bytes]``.
+        ends: where each name ends in ``text``, ascending, int64 ``[n]``.
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """The same names, packed."""
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        """The number of names."""
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """One name, or a list of those in a slice.
+
+        Raises:
+            IndexError: there is no such name.
+        """
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"index {index} of {len(self)} names")
+        first = int(self.ends[row - 1]) if row else 0
+        return os.fsdecode(self.text[first : int(self.ends[row])].tobytes())
 
 
 class TableBuilder:

@@ -26,7 +26,7 @@ from partial_fc.data.example import (
     list_of,
     read_label,
 )
-from partial_fc.data.files import file_size, map_file
+from partial_fc.data.files import file_size, map_file, unreadable
 from partial_fc.data.table import MAX_IMAGE_BYTES, Fault, Progress, Scan, TableBuilder
 from partial_fc.errors import DataError
 
@@ -211,7 +211,7 @@ def _read_index(path: Path) -> np.ndarray:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: can't read the index ({error.strerror}): copy it again, or remove it") from error
+        raise unreadable(path, "the index", error, "copy it again, or remove it") from error
     # What is left of well-formed lines without their digits; the numbers are then parsed in one call, not line by line.
     shape = text.translate(None, b"0123456789\r")
     lines = shape.count(b" ")

@@ -6,11 +6,11 @@ It keeps 20 bytes a sample, 0.4 GB for 20 million, which become 1 GB while class
 from __future__ import annotations
 
 import hashlib
-import os
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 
@@ -18,16 +18,19 @@ from partial_fc.checks import require
 from partial_fc.data.archives import Archive
 from partial_fc.data.decode import MAX_PIXELS, ImageError, decode_pixels
 from partial_fc.data.faults import FAULT_KINDS
+from partial_fc.data.files import MachineError, file_size
 from partial_fc.data.findings import ClassFigures, Copies, Example, ImageFigures, Pair, Spread, ValidationReport
+from partial_fc.data.pieces import cut, in_order
 from partial_fc.data.sources import Sources
-from partial_fc.data.table import UNUSABLE
+from partial_fc.data.table import UNUSABLE, Progress
 from partial_fc.data.tfrecord import bad_checksums
 from partial_fc.errors import DataError
+from partial_fc.machine import processors
 
 # How many findings of a kind are named, and how many sizes of images.
 _NAMED, _SIZES = 5, 10
-# Samples that a thread takes at once, and how many pieces wait for each thread.
-_PIECE, _WAITING = 128, 4
+# Bytes of encoded images that are compared with another at once.
+_COMPARED_BYTES = 1 << 20
 # Most rows of the histogram of classes.
 _BINS = 8
 
@@ -39,6 +42,7 @@ def validate(
     image_size: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    checksum_progress: Progress | None = None,
     sample_limit: int | None = None,
 ) -> ValidationReport:
     """Decode every sample of a data set, in threads, and count what there is.
@@ -47,10 +51,11 @@ def validate(
         source: the data set.
         max_image_pixels: images with more can't be used.
         image_size: side in pixels that the images should have; None: nothing is said of it.
-        threads: how many decode; None: one for each core.
-        progress: called with the samples done and their number; then, where records have checksums, with the files
-            done and their number.
-        sample_limit: check no more samples than this, spread evenly over the data set. All labels are counted anyway.
+        threads: how many decode; None: as many as this process may use processors.
+        progress: called with the samples done and their number.
+        checksum_progress: where records have checksums, called with the bytes that were compared with them, and all.
+        sample_limit: check no more samples than this, spread evenly over the data set. All labels are counted anyway,
+            and checksums, which take a read of all bytes, only where this leaves no sample out.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -60,8 +65,10 @@ def validate(
         require(value is None or value >= 1, "validate", name, value, "1 or more, or None")
     started = time.monotonic()
     checked = _Checked(source, min(len(source), sample_limit or len(source)), max_image_pixels)
-    checked.fill(threads or os.cpu_count() or 1, progress)
-    checksums = _checksums(source, progress)
+    checked.fill(threads or processors(), progress)
+    files = _files_with_checksums(source)
+    skipped = bool(files) and checked.count < len(source)
+    checksums = _wrong_checksums(files, checksum_progress) if files and not skipped else None
     return ValidationReport(
         path=str(source.path),
         samples=len(source),
@@ -70,6 +77,7 @@ def validate(
         first=checked.first,
         bad_checksums=None if checksums is None else len(checksums),
         checksums_first=(checksums or [])[:_NAMED],
+        checksums_skipped=skipped,
         classes=_class_figures(source),
         images=_image_figures(checked, image_size),
         copies=_copies(source, checked),
@@ -107,24 +115,18 @@ class _Checked:
 
     def fill(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
         """Check all rows. The pieces' findings are taken in order, so that the same samples are named each time."""
-        waiting: deque[Future[tuple[int, list[tuple[str, Example]]]]] = deque()
-        done = 0
-        with ThreadPoolExecutor(threads, thread_name_prefix="validate") as pool:
-            for begin in range(0, self.count, _PIECE):
-                waiting.append(pool.submit(self._piece, np.arange(begin, min(begin + _PIECE, self.count))))
-                last = begin + _PIECE >= self.count
-                while waiting and (last or len(waiting) > threads * _WAITING):
-                    grey, faults = waiting.popleft().result()
-                    done = min(done + _PIECE, self.count)
-                    self.grey += grey
-                    for kind, example in faults:
-                        self.unusable[kind] += 1
-                        if len(self.first[kind]) < _NAMED:
-                            self.first[kind].append(example)
-                    if progress is not None:
-                        progress(done, self.count)
+        pieces = cut(self._source, self.count, self.ids)
+        with closing(in_order(self._piece, pieces, threads)) as found:
+            for rows, (grey, faults) in found:
+                self.grey += grey
+                for kind, example in faults:
+                    self.unusable[kind] += 1
+                    if len(self.first[kind]) < _NAMED:
+                        self.first[kind].append(example)
+                if progress is not None:
+                    progress(int(rows[-1]) + 1, self.count)
 
-    def _piece(self, rows: np.ndarray) -> tuple[int, list[tuple[str, Example]]]:
+    def _piece(self, rows: np.ndarray, stopped: threading.Event) -> tuple[int, list[tuple[str, Example]]]:
         """Check some rows, in a thread: how many images are grey, and the samples that can't be used, by id."""
         ids = self.ids(rows)
         usable = self._source.labels(ids) != UNUSABLE
@@ -132,6 +134,8 @@ class _Checked:
         grey = 0
         rows, ids = rows[usable], ids[usable]
         for row, sample, data in zip(rows.tolist(), ids.tolist(), self._encoded(ids), strict=True):
+            if stopped.is_set():
+                break
             if isinstance(data, DataError):
                 faults.append(("record", Example(sample, str(data))))
                 continue
@@ -156,11 +160,15 @@ class _Checked:
         """Encoded images of these samples, or why one can't be read."""
         try:
             yield from self._source.encoded(ids)
+        except MachineError:
+            raise
         except DataError:
             # One or more of the records; each is then read by itself.
             for row in range(len(ids)):
                 try:
                     yield self._source.encoded(ids[row : row + 1])[0]
+                except MachineError:
+                    raise
                 except DataError as error:
                     yield error
 
@@ -263,8 +271,10 @@ def _same_bytes(source: Archive | Sources, ids: np.ndarray) -> np.ndarray:
     """Those of the samples whose encoded image is that of the first."""
     image = source.encoded(ids[:1])[0]
     same = np.ones(len(ids), dtype=bool)
-    for begin in range(0, len(ids), _PIECE):
-        for row, other in enumerate(source.encoded(ids[begin : begin + _PIECE]), start=begin):
+    # Their lengths are most likely the same, too.
+    step = max(1, _COMPARED_BYTES // image.size)
+    for begin in range(0, len(ids), step):
+        for row, other in enumerate(source.encoded(ids[begin : begin + step]), start=begin):
             same[row] = np.array_equal(image, other)
     return ids[same]
 
@@ -274,13 +284,21 @@ def _pair(source: Archive | Sources, ids: np.ndarray, labels: np.ndarray, one: i
     return Pair((a, b), (int(labels[one]), int(labels[other])), (source.locate(a), source.locate(b)))
 
 
-def _checksums(source: Archive | Sources, progress: Callable[[int, int], None] | None) -> list[str] | None:
-    """Where records of TFRecord files are whose checksum isn't that of their data; None where no file has checksums."""
+def _files_with_checksums(source: Archive | Sources) -> list[Path]:
     archives = [source] if isinstance(source, Archive) else source.archives
-    files = [path for archive in archives if archive.format == "tfrecord" for path in archive.files]
+    return [path for archive in archives if archive.format == "tfrecord" for path in archive.files]
+
+
+def _wrong_checksums(files: list[Path], progress: Progress | None) -> list[str]:
+    """Where records of TFRecord files are whose checksum isn't that of their data."""
+    total, before = sum(map(file_size, files)), 0
     found = []
-    for number, path in enumerate(files, start=1):
-        found += [f"{path}, byte {offset}" for offset in bad_checksums(path)]
-        if progress is not None:
-            progress(number, len(files))
-    return found if files else None
+    for path in files:
+
+        def show(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        found += [f"{path}, byte {offset}" for offset in bad_checksums(path, show)]
+        before += file_size(path)
+    return found

@@ -309,11 +309,15 @@ class PlainRecordWriter:
         self._rec.write(frame_record(struct.pack("<IfQQ", 0, label, key, 0) + image))
         self._images += 1
 
+    def state(self) -> dict[str, int]:
+        """Where the files end now, to go on from; it counts once a later :meth:`sync` has come back."""
+        return {"images": self._images, "rec": self._rec.length, "idx": self._idx.length}
+
     def sync(self) -> dict[str, int]:
         """Bring what was written to the disk, and return the state to go on from."""
         self._rec.sync()
         self._idx.sync()
-        return {"images": self._images, "rec": self._rec.length, "idx": self._idx.length}
+        return self.state()
 
     def finish(self) -> dict[str, int]:
         """Complete the files; returns the state, as :meth:`sync` does."""
@@ -388,16 +392,20 @@ class ShardWriter:
         if self._open_samples == self._shard_size:
             self._end_shard()
 
-    def sync(self) -> dict[str, int]:
-        """Bring what was written to the disk, and return the state to go on from."""
-        if self._file is not None:
-            self._file.sync()
+    def state(self) -> dict[str, int]:
+        """Where the files end now, to go on from; it counts once a later :meth:`sync` has come back."""
         return {
             "shards": self._shards,
             "complete_bytes": self._complete_bytes,
             "open_samples": self._open_samples,
             "open_bytes": self._file.length if self._file else 0,
         }
+
+    def sync(self) -> dict[str, int]:
+        """Bring what was written to the disk, and return the state to go on from."""
+        if self._file is not None:
+            self._file.sync()
+        return self.state()
 
     def finish(self) -> dict[str, int]:
         """Complete the last shard; returns the state, as :meth:`sync` does."""

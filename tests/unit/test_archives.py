@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import os
+import re
+import resource
 import shutil
 import struct
 import tarfile
@@ -18,6 +21,8 @@ from hypothesis import strategies as st
 
 from partial_fc.data import kept as tables
 from partial_fc.data.archives import Archive, open_archive
+from partial_fc.data.files import MachineError, MappedFiles, Mappings
+from partial_fc.data.sources import Sources
 from partial_fc.data.table import UNUSABLE
 from partial_fc.errors import ConfigError, DataError
 from tests import records
@@ -191,16 +196,95 @@ def test_images_are_read_in_any_order_from_any_file(tmp_path: Path) -> None:
     assert archive.encoded(np.array([], dtype=np.int64)) == []
 
 
-def test_of_very_many_files_few_are_held_open(tmp_path: Path) -> None:
-    for shard in range(12):
+def test_of_very_many_files_few_are_held_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(40):
         write_tar(tmp_path / f"{shard:02}.tar", [(f"image {shard}".encode(), 0)])
     archive = open_archive(tmp_path)
-    archive._files.most = 4
-    before = len(os.listdir("/proc/self/fd"))
-    ids = np.array([*range(12), *range(12)])
+    archive._files.mappings = Mappings(4)
+    seen: list[int] = []
+    read = MappedFiles.bytes
+
+    def count(files: MappedFiles, file: int) -> np.ndarray:
+        data = read(files, file)
+        seen.append(mapped(tmp_path))
+        return data
+
+    monkeypatch.setattr(MappedFiles, "bytes", count)
+    ids = np.array([*range(40), *range(40)])
     images = archive.encoded(ids)
     assert [image.tobytes() for image in images] == [f"image {shard}".encode() for shard in ids]
-    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    # Those that are kept, and those of the few images that are read at once.
+    assert max(seen) <= 4 + 8 and mapped(tmp_path) == 4
+
+
+def mapped(folder: Path) -> int:
+    """Tar files below a folder that this process has mapped."""
+    return len(re.findall(rf" {re.escape(str(folder))}/.*\.tar$", Path("/proc/self/maps").read_text(), re.M))
+
+
+@pytest.mark.timeout(60)
+def test_several_data_sets_with_many_files_keep_to_the_descriptors_there_are(tmp_path: Path) -> None:
+    # None of them has more than are kept, 64.
+    for number in range(5):
+        for shard in range(50):
+            write_tar(tmp_path / f"{number}" / f"{shard:02}.tar", [(b"%d %d" % (number, shard), shard)])
+    expected = [b"%d %d" % (number, shard) for number in range(5) for shard in range(50)]
+    wrong: list[object] = []
+
+    def read(sources: Sources, seed: int) -> None:
+        try:
+            held = []
+            for step in range(6):
+                ids = np.random.default_rng((seed, step)).integers(0, 250, 100)
+                held.append(sources.encoded(ids))
+                wrong.extend(i for i, image in zip(ids, held[-1], strict=True) if image.tobytes() != expected[i])
+        except DataError as error:
+            wrong.append(error)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+    try:
+        sources = Sources([open_archive(tmp_path / f"{number}") for number in range(5)])
+        threads = [threading.Thread(target=read, args=(sources, seed)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong and mapped(tmp_path) <= 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_too_many_open_files_are_no_fault_of_a_sample(format: str, tmp_path: Path) -> None:
+    WRITERS[format](tmp_path)
+    made, kept_one = open_archive(tmp_path), open_archive(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for archive in (made, kept_one):
+            with pytest.raises(MachineError, match=r"can't read the (data set|image) \(Too many open files.*ulimit -n"):
+                archive.encoded(np.arange(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert contents(made) == contents(kept_one) == (IMAGES, LABELS)
+
+
+def test_a_table_that_cannot_be_read_now_is_not_made_anew(
+    tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recordio(tmp_path)
+    open_archive(tmp_path)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables.np, "load", refuse)
+        with pytest.raises(MachineError, match=r"/train-\w+: can't read the table \(Too many open files\).*ulimit"):
+            open_archive(tmp_path)
+    open_archive(tmp_path)
+    assert len(scans) == 1
 
 
 @pytest.mark.parametrize("format", WRITERS)
@@ -219,11 +303,11 @@ def test_ids_out_of_range(format: str, tmp_path: Path) -> None:
 
 def test_the_place_of_a_sample_is_told(tmp_path: Path) -> None:
     archive = open_archive(records.write_new(tmp_path / "rec", [b"1234", b"5678"], [0, 1]))
-    assert archive.locate(1) == "train.rec, byte 68"
+    assert archive.locate(1) == f"{tmp_path}/rec/train.rec, byte 68"
     write_tars(tmp_path / "tars")
-    assert open_archive(tmp_path / "tars").locate(4) == "shard-000001.tar, byte 512"
+    assert open_archive(tmp_path / "tars").locate(4) == f"{tmp_path}/tars/shard-000001.tar, byte 512"
     write_folder(tmp_path / "folder", SAMPLES)
-    assert open_archive(tmp_path / "folder").locate(3) == "person 1/3.jpg"
+    assert open_archive(tmp_path / "folder").locate(3) == f"{tmp_path}/folder/person 1/3.jpg"
 
 
 def test_a_damaged_record_and_a_bad_label_are_faults(tmp_path: Path) -> None:
@@ -261,15 +345,36 @@ def test_the_number_of_classes(tmp_path: Path) -> None:
 
 def test_a_number_of_classes_that_the_labels_contradict_is_refused(tmp_path: Path) -> None:
     records.write_new(tmp_path, IMAGES, LABELS)
-    message = (
-        r"data.num_classes: got 2, but sample 4 of .*train.rec \(train.rec, byte \d+\) has the label 2: expected.* 3"
-    )
+    message = rf"data.num_classes: got 2, but sample 4 \({tmp_path}/train.rec, byte \d+\) has the label 2: expected.* 3"
     for _ in range(2):
         with pytest.raises(ConfigError, match=message):
             open_archive(tmp_path, num_classes=2)
     with pytest.raises(ConfigError, match="data.num_classes: got 0, expected 1 or more"):
         open_archive(tmp_path, num_classes=0)
     assert open_archive(tmp_path, num_classes=3).num_classes == 3
+
+
+def test_a_label_that_is_far_above_the_others_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", [(b"x", 0), (b"x", 2000), (b"x", 1)])
+    write_tar(tmp_path / "b.tar", [(b"x", 0), (b"x", 3000), (b"x", 1)])
+    assert open_archive(tmp_path / "a.tar").num_classes == 2001
+    assert open_archive(tmp_path / "b.tar", num_classes=3001).num_classes == 3001
+    assert not caplog.messages
+    assert open_archive(tmp_path / "b.tar").num_classes == 3001
+    (line,) = caplog.messages
+    place = f"{tmp_path}/b.tar"
+    assert line.startswith(
+        f"{place}: 3001 classes for 3 samples, since sample 1 ({place}, byte 2560) has the label 3000:"
+    )
+
+
+def test_what_stands_beside_the_data_must_be_readable(tmp_path: Path) -> None:
+    write_tars(tmp_path)
+    for name in ("property", "classes.txt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match=rf"/{name}: can't read the file \(Is a directory\): give the right"):
+            open_archive(tmp_path)
+        (tmp_path / name).rmdir()
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -481,7 +586,7 @@ def test_a_table_is_made_anew_when_files_changed(
     open_archive(root)
     assert len(scans) == 2
     (line,) = caplog.messages
-    assert "scanning the data set for its table, since" in line and "was changed" in line
+    assert re.search(rf"scanning the data set for its table, since {root}[\w/. -]* was changed$", line)
     open_archive(root)
     assert len(scans) == 2
 
@@ -512,6 +617,50 @@ def test_tables_are_kept_beside_the_data_or_where_it_is_said(tmp_path: Path, sca
     assert len(scans) == 3 and len(list((tmp_path / "one" / ".partial_fc").iterdir())) == 1
     open_archive(tmp_path / "one", cache=tmp_path / "elsewhere")
     assert len(scans) == 3
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_what_changes_while_it_is_scanned_is_scanned_anew(
+    format: str, tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    WRITERS[format](root)
+    first = sorted(path for path in root.iterdir() if path.name != "property")[-1]
+    scan = getattr(tables, SCANNERS[format])
+
+    def change_behind(*args: object, **options: object) -> object:
+        found = scan(*args, **options)
+        later(first)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, SCANNERS[format], change_behind)
+        open_archive(root)
+    for _ in range(2):
+        assert contents(open_archive(root)) == (IMAGES, LABELS)
+    assert len(scans) == 2
+
+
+def test_the_home_folder_may_be_meant(tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_recordio(tmp_path / "faces")
+    for _ in range(2):
+        assert open_archive("~/faces", cache="~/tables").path == tmp_path / "faces" / "train.rec"
+    assert len(scans) == 1 and len(list((tmp_path / "tables").iterdir())) == 1
+    assert sorted(os.listdir(tmp_path)) == ["faces", "tables"]
+
+
+def test_the_folder_that_was_changed_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "faces", SAMPLES)
+    monkeypatch.chdir(tmp_path / "faces")
+    caplog.set_level(logging.INFO, logger="partial_fc.data")
+    open_archive(tmp_path / "faces", cache=tmp_path / "tables")
+    later(tmp_path / "faces")
+    open_archive(tmp_path / "faces", cache=tmp_path / "tables")
+    assert caplog.messages[-1].endswith(f"since {tmp_path}/faces was changed")
 
 
 def test_a_data_set_keeps_its_table_when_it_is_moved(tmp_path: Path, scans: list[str]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import colorsys
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -142,6 +144,23 @@ def test_strengths_fill_their_ranges() -> None:
     qualities, counts = np.unique(always(jpeg=1.0, jpeg_quality=86)[:, Column.JPEG], return_counts=True)
     assert qualities.tolist() == list(range(86, 96))
     assert counts.min() > 400
+
+
+def test_a_positive_turn_of_the_hue_goes_from_orange_to_purple() -> None:
+    options = Augmentation(flip=0, colour_twist=1.0, colour_strength=0.0, colour_hue=0.25)
+    positions = np.arange(200)
+    drawn = options.parameters(3, positions)[:, Column.COLOUR][:, 1:].reshape(-1, 3, 4)
+    numbers = augment.random_unit(augment.hash64(3, augment._STREAM_TAG), augment._NUMBERS, positions)
+    colour = np.array([0.6, 0.4, 0.3])
+    for matrix, number in zip(drawn, numbers[:, augment._HUE], strict=True):
+        # By the standard library: the angle of (I, Q), orange and purple, grows.
+        y, i, q = colorsys.rgb_to_yiq(*colour)
+        turn = 2 * math.pi * 0.25 * (2 * number - 1)
+        turned = (i * math.cos(turn) - q * math.sin(turn), i * math.sin(turn) + q * math.cos(turn))
+        expected = colorsys.yiq_to_rgb(y, *turned)
+        # Its coefficients have two digits.
+        assert np.allclose(matrix @ [*colour, 1], expected, atol=0.02)
+    assert numbers[:, augment._HUE].min() < 0.1 and numbers[:, augment._HUE].max() > 0.9
 
 
 def test_colours_are_scaled_around_grey() -> None:

@@ -106,6 +106,17 @@ def test_margins_and_negatives_take_what_the_classes_take(package, name):
             "override: data.image_size: got 100, expected a whole number >= 16 and a multiple of 16",
         ),
         ("data.num_classes=0", "data.num_classes: got 0, expected a whole number >= 2 or null"),
+        ("data.weight=0", "data.weight: got 0, expected a number > 0 and <= 1e+06"),
+        ("data.weight=1e7", "data.weight: got 10000000.0, expected a number > 0 and <= 1e+06"),
+        ("data.more=[{path: b, weight: x}]", 'data.more[0].weight: got "x", expected a number > 0 and <= 1e+06'),
+        ("data.more=[{path: b}, {weight: 2}]", "data.more[1].path: missing, expected text that isn't empty"),
+        ("data.more=[{path: b, wieght: 2}]", "data.more[0].wieght: unknown key; did you mean data.more[0].weight?"),
+        (
+            "data.more=[{path: b, image_size: 64}]",
+            "data.more[0].image_size: unknown key; did you mean data.image_size?",
+        ),
+        ("data.more=[b]", 'data.more[0]: got "b", expected a mapping with the keys path, format, num_classes, weight'),
+        ("data.more.0.weight=2", "data.more.0.weight: data.more is a list, expected all of it: data.more=[...]"),
         ("data.max_bad_share=2", "data.max_bad_share: got 2, expected a number >= 0 and <= 1"),
         ("data.path=", "data.path: got null, expected text that isn't empty"),
         ("data.decoder=dally", 'got "dally", expected one of auto, dali, python; did you mean dali?'),
@@ -163,6 +174,28 @@ def test_an_impossible_value_is_one_line(tmp_path, override, line):
         (["head.in_backward=true", "optim.head_clip_norm=1"], "expected auto or false with optim.head_clip_norm=1"),
         (["head.in_backward=true", "train.accumulate=2"], "head.in_backward: got true, expected auto or false with"),
         (["head.in_backward=true", "train.precision=fp16"], "expected auto or false with train.precision=fp16"),
+        (
+            ["data.weight=2", "data.order=balanced"],
+            "override: data.weight: got 2, expected 1 with data.order=balanced (weights are for order shuffled)",
+        ),
+        (
+            ["data.more=[{path: b}, {path: c, weight: 0.5}]", "data.order=identities"],
+            "override: data.more[1].weight: got 0.5, expected 1 with data.order=identities",
+        ),
+        (
+            ["data.balance=0.5"],
+            "data.balance: got 0.5, expected 1 with data.order=shuffled (only balanced has a balance)",
+        ),
+        (["data.balance=0", "data.order=identities"], "data.balance: got 0, expected 1 with data.order=identities"),
+        (
+            ["data.images_per_identity=8", "data.order=balanced"],
+            "data.images_per_identity: got 8, expected 4 with data.order=balanced (only identities needs it)",
+        ),
+        (
+            ["data.images_per_identity=5", "data.order=identities", "train.accumulate=2"],
+            "data.images_per_identity: got 5, expected a divisor of the 256 samples that go through the network",
+        ),
+        (["data.merge_classes=true"], "data.merge_classes: got true, expected false without data.more"),
     ],
 )
 def test_a_contradiction_is_one_line(tmp_path, overrides, line):
@@ -177,6 +210,9 @@ def test_what_agrees_passes(tmp_path):
         ["optim={schedule: step, milestones: [9, 19]}"],
         ["head.in_backward=false", "optim.head_clip_norm=1", "train.accumulate=2", "train.precision=fp16"],
         ["head.in_backward=true", "optim.head_clip_row_norm=1"],
+        ["data.order=balanced", "data.balance=0.5"],
+        ["data.order=identities", "data.images_per_identity=8"],
+        ["data.weight=0.5", "data.more=[{path: b, weight: 2}]", "data.merge_classes=true"],
     ]:
         load_config(write(tmp_path), overrides)
 
@@ -197,6 +233,11 @@ def test_a_tool_needs_no_length_of_the_run(tmp_path, text):
 def test_a_tool_takes_a_data_set_in_place_of_a_configuration():
     config = data_config("a: b # {c", ["train.epochs=2", "data.format=folder"])
     assert (config.data.path, config.data.format) == ("a: b # {c", "folder")
+
+
+def test_a_wrong_source_does_not_make_another_key_wrong(tmp_path):
+    (got,) = problems(tmp_path, "data.more=[b]", "data.merge_classes=true")
+    assert "data.more[0]: got" in got
 
 
 def test_what_a_tool_reads_is_checked(tmp_path):

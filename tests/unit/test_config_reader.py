@@ -32,10 +32,17 @@ class Paint(Strict):
     layers: Annotated[tuple[int, ...], Field(strict=False)] = ()
 
 
+class Corner(Strict):
+    x: Annotated[float, Field(gt=0)]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Drawing(Strict):
     shape: Annotated[Round | Square, Field(discriminator="name")] = Round()
     weight: Annotated[float, Field(gt=0, le=2)] = 1.0
     title: str
+    corners: Annotated[tuple[Corner, ...], Field(strict=False)] = ()
+    middle: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 0.0)
 
 
 class Model(Strict):
@@ -46,10 +53,14 @@ class Model(Strict):
     def _agree(self) -> Model:
         if self.paint.colour == "green" and self.drawing.weight > 1:
             raise_contradictions([Contradiction(("drawing.weight", "paint.colour"), "too heavy for green")])
+        for place, corner in enumerate(self.drawing.corners):
+            if corner.x > 9:
+                raise_contradictions([Contradiction((f"drawing.corners[{place}].x", "drawing.title"), "too far out")])
         return self
 
 
 TITLE = "drawing: {title: t}\n"
+CORNERS = "drawing:\n  title: t\n  corners:\n  - {x: 1}\n"
 
 
 def read(tmp_path: Path, text: str, *overrides: str) -> Model:
@@ -141,7 +152,21 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
         ("drawing: {title: t, weight: 3}", "m.yaml:1: drawing.weight: got 3, expected a number > 0 and <= 2"),
         (TITLE + "paint: {colour: rad}", 'paint.colour: got "rad", expected one of red, green; did you mean red?'),
         (TITLE + "paint: {label: 1}", "paint.label: got 1, expected text or null"),
-        (TITLE + "paint: {layers: [1, a, b]}", 'got [1, "a", "b"], expected a list, each a whole number'),
+        (TITLE + "paint:\n  layers:\n  - 1\n  - a", 'm.yaml:5: paint.layers[1]: got "a", expected a whole number'),
+        (TITLE + "paint: {layers: 7}", "paint.layers: got 7, expected a list, each a whole number"),
+        ("drawing: {title: t, middle: [1]}", "drawing.middle: got [1], expected a list of 2, each a number"),
+        ("drawing: {title: t, middle: [1, 2, 3]}", "drawing.middle: got [1, 2, 3], expected a list of 2, each a"),
+        ("drawing: {title: t, middle: [1, b]}", 'drawing.middle[1]: got "b", expected a number'),
+        (CORNERS + "  - {x: 1, weight: b}", 'm.yaml:5: drawing.corners[1].weight: got "b", expected a number > 0'),
+        (CORNERS + "  -\n    x: 1\n    wieght: 2", "m.yaml:7: drawing.corners[1].wieght: unknown key; did you mean"),
+        (CORNERS + "  - {x: 1, wieght: 2}", "did you mean drawing.corners[1].weight?"),
+        (CORNERS + "  - {x: 1, colour: 2}", "drawing.corners[1].colour: unknown key; did you mean paint.colour?"),
+        (CORNERS + "  - {x: 1, y: 2}", "drawing.corners[1].y: unknown key, expected one of x, weight"),
+        (CORNERS + "  - {weight: 2}", "m.yaml:5: drawing.corners[1].x: missing, expected a number > 0"),
+        (CORNERS + "  - 3", "m.yaml:5: drawing.corners[1]: got 3, expected a mapping with the keys x, weight"),
+        (CORNERS + "  - {x: 1, x: 2}", "m.yaml:5: drawing.corners[1].x: given twice"),
+        (CORNERS + "  - {x: 10}", "m.yaml:5: drawing.corners[1].x: too far out"),
+        ("drawing: {title: t, corners: {x: 1}}", 'drawing.corners: got {"x": 1}, expected a list, each a mapping'),
         (TITLE + "paint: 5", "m.yaml:2: paint: got 5, expected a mapping with the keys colour, label, layers"),
         (
             "drawing: {title: t, shape: {name: Sqare}}",
@@ -183,6 +208,15 @@ def test_a_problem_is_one_line(tmp_path, text, line):
         ("drawing={}", "override: drawing.title: missing"),
         ("drawing.shape.radius=x", 'override: drawing.shape.radius: got "x", expected a number'),
         ("drawing.weight=", "override: drawing.weight: got null, expected a number > 0 and <= 2"),
+        ("drawing.corners=[{x: 1}, {x: b}]", 'override: drawing.corners[1].x: got "b", expected a number > 0'),
+        (
+            "drawing.corners.0.x=2",
+            "override: drawing.corners.0.x: drawing.corners is a list, expected all of it: drawing",
+        ),
+        ("drawing.corners[0].x=2", "drawing.corners is a list, expected all of it: drawing.corners=[...]"),
+        ("drawing.corners[0]={x: 2}", "override: drawing.corners[0]: drawing.corners is a list, expected all of it"),
+        ("drawing.corners.x=2", "override: drawing.corners.x: drawing.corners is a list, expected all of it"),
+        ("drawing[0].weight=1", "override: drawing[0]: unknown key; did you mean drawing?"),
     ],
 )
 def test_a_problem_of_an_override_is_one_line(tmp_path, override, line):
@@ -212,6 +246,21 @@ def test_contradictions_show_behind_other_problems_unless_one_of_their_keys_is_w
         "drawing.weight",
     ]
     assert len(problems(tmp_path, "drawing: {weight: 9, title: t}\npaint: {colour: green}")) == 1
+
+
+def test_all_problems_of_a_list_are_reported_and_its_places_stay(tmp_path):
+    text = CORNERS + "  - 3\n  - {x: 10}\n  - {x: b, y: 1}\npaint: {layers: [a, 1, b], label: 1}"
+    assert [line.split(": ")[:2] for line in problems(tmp_path, text)] == [
+        ["m.yaml:5", "drawing.corners[1]"],
+        ["m.yaml:7", "drawing.corners[3].x"],
+        ["m.yaml:7", "drawing.corners[3].y"],
+        ["m.yaml:8", "paint.label"],
+        ["m.yaml:8", "paint.layers[0]"],
+        ["m.yaml:8", "paint.layers[2]"],
+    ]
+    # One that shows behind another problem has its own place too.
+    text = CORNERS + "  - {x: 10}\npaint: {label: 1}"
+    assert [line.split(": ")[1] for line in problems(tmp_path, text)] == ["paint.label", "drawing.corners[1].x"]
 
 
 @given(

@@ -165,3 +165,19 @@ def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
 def test_arguments_out_of_range_are_named(name: str, value: int, least: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value}, expected {least} or more"):
         contact_sheet(archive(tmp_path), AUGMENTATION, **({"image_size": SIDE, "seed": 0} | {name: value}))
+
+
+def test_a_picture_too_large_is_refused_before_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = archive(tmp_path)
+    drawn = contact_sheet(source, AUGMENTATION, image_size=SIDE, seed=0)
+    longest = max(drawn.size)
+    same = contact_sheet(source, AUGMENTATION, image_size=SIDE, seed=0, largest_side=longest)
+    assert same.size == drawn.size
+    monkeypatch.setattr(module.Image, "new", lambda *_: pytest.fail("memory was taken"))
+    pixels = f"{drawn.width} x {drawn.height} pixels"
+    with pytest.raises(ConfigError, match=f"{pixels}, expected at most {longest - 1} a side .*: show fewer classes or"):
+        contact_sheet(source, AUGMENTATION, image_size=SIDE, seed=0, largest_side=longest - 1)
+    with pytest.raises(
+        ConfigError, match=r"\d+ x \d+ pixels, expected at most .* 200000000 in all: show fewer classes"
+    ):
+        contact_sheet(source, AUGMENTATION, image_size=8192, seed=0)

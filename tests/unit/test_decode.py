@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 
@@ -17,6 +18,7 @@ from partial_fc.data.decode import (
     decode_images,
     decode_pixels,
     inspect_encoded,
+    look_at,
     normalise_into,
     resize_image,
 )
@@ -41,6 +43,18 @@ FORMATS = {
     "WebP": records.encode(WIDE, "WEBP"),
     "WebP, lossless": records.encode(WIDE, "WEBP", lossless=True),
     "WebP, extended": records.encode(np.dstack([WIDE, WIDE[..., 0]]), "WEBP", exif=b"Exif\0\0" + bytes(20)),
+}
+# Those whose header tells the size in another way.
+OTHERS = {
+    "TIFF": records.encode(WIDE, "TIFF"),
+    "TIFF, deflated": records.encode(WIDE, "TIFF", compression="tiff_adobe_deflate"),
+    "JPEG 2000": records.encode(WIDE, "JPEG2000"),
+    "JPEG 2000, codestream": records.encode(WIDE, "JPEG2000", no_jp2=True),
+    "PPM": records.encode(WIDE, "PPM"),
+    "PGM": records.encode(WIDE[..., 0], "PPM"),
+    "PBM": b"P4 300 20\n" + bytes(38 * 20),
+    # Bytes before a marker, which the JPEG libraries pass over.
+    "JPEG, odd": FORMATS["JPEG"][:20] + b"\0\0" + FORMATS["JPEG"][20:],
 }
 
 
@@ -133,6 +147,72 @@ def test_images_with_too_many_pixels_are_seen_by_their_header(name: str) -> None
     assert found[1] == ("300 x 20 pixels, at most 5999 are decoded: shrink the image, or raise data.max_image_pixels")
 
 
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_the_size_of_other_formats_is_read_too(name: str) -> None:
+    data = as_array(OTHERS[name])
+    assert look_at(data, 300 * 20) == (None, 0, 0)
+    assert decode_pixels(data).shape == (20, 300, 3)
+    fault, *size = look_at(data, 300 * 20 - 1)
+    assert fault is not None and size == [0, 0]
+    assert fault == (
+        "oversized",
+        "300 x 20 pixels, at most 5999 are decoded: shrink the image, or raise data.max_image_pixels",
+    )
+
+
+def test_a_small_tiff_of_too_many_pixels_is_not_decoded(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    Image.new("1", (16_000, 16_000)).save(stream, "TIFF", compression="group4")
+    monkeypatch.setattr(decode, f"_decode_{library}", lambda data: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="16000 x 16000 pixels, at most 67108864 are decoded") as caught:
+        decode_image(stream.getvalue(), SIDE)
+    assert caught.value.kind == "oversized"
+
+
+@pytest.mark.parametrize("begin", [b"#?RADIANCE\n\n-Y 9 +X 9\n", b"P7\nWIDTH 9\nHEIGHT 9\n", b"PF\n9 9\n1\n", b"II*\0"])
+def test_formats_whose_size_is_unknown_are_no_images(begin: bytes, library: str) -> None:
+    with pytest.raises(ImageError, match="are no image: copy the data again"):
+        decode_pixels(begin + bytes(400))
+
+
+def in_mode(mode: str, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(WIDE).convert(mode).save(stream, kind)
+    return stream.getvalue()
+
+
+GREY = np.asarray(Image.fromarray(WIDE).convert("L"))
+LEVELS = GREY.astype(np.uint16) * 257 + 100
+MODES = {
+    **{mode: in_mode(mode) for mode in ("L", "LA", "RGB", "P", "1")},
+    "RGBA": records.encode(np.dstack([WIDE, GREY]), "PNG"),
+    "CMYK": in_mode("CMYK", "JPEG"),
+    "I;16": records.encode(LEVELS, "PNG"),
+    "I;16 of TIFF": records.encode(LEVELS, "TIFF"),
+    "I;16B of TIFF": records.encode(LEVELS.astype(">u2"), "TIFF"),
+    "I": b"P5 300 20 65535\n" + LEVELS.astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_the_libraries_decode_each_mode_alike(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if decode.opencv() is None:
+        pytest.skip("no OpenCV")
+    by_opencv = decode_pixels(MODES[mode])
+    monkeypatch.setattr(decode, "opencv", lambda: None)
+    by_pillow = decode_pixels(MODES[mode])
+    assert by_pillow.shape == by_opencv.shape == WIDE.shape and by_pillow.dtype == np.uint8
+    assert np.abs(by_pillow.astype(int) - by_opencv).max() <= (2 if mode == "CMYK" else 1)
+    if mode.startswith("I"):
+        assert np.abs(by_pillow.astype(int) - GREY[..., None]).max() <= 1
+
+
+def test_levels_of_more_than_16_bits_are_refused(library: str) -> None:
+    for levels in (GREY.astype(np.float32), GREY.astype(np.int32)):
+        with pytest.raises(ImageError, match="are no image"):
+            decode_pixels(records.encode(levels, "TIFF"))
+
+
 @pytest.mark.timeout(60)
 def test_images_with_too_many_pixels_are_not_decoded(library: str) -> None:
     huge = bytearray(records.encode(SMOOTH, "PNG"))
@@ -165,7 +245,21 @@ def test_every_truncated_jpeg_is_found(length: int) -> None:
 
 
 @given(
-    st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF\0\0\0\0WEBPVP8"]), st.data()
+    st.sampled_from(
+        [
+            b"",
+            b"\xff\xd8",
+            b"\xff\xd8\xff",
+            b"\x89PNG",
+            b"GIF8",
+            b"BM",
+            b"RIFF\0\0\0\0WEBPVP8",
+            b"II*\0",
+            b"MM\0*",
+            b"P6 ",
+        ]
+    ),
+    st.data(),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_can_be_looked_at(begin: bytes, data: st.DataObject) -> None:

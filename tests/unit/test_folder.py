@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from partial_fc.data.files import IMAGE_EXTENSIONS
+from partial_fc.data.files import IMAGE_EXTENSIONS, MachineError
 from partial_fc.data.folder import scan_folder
 from partial_fc.data.table import UNUSABLE
 from partial_fc.errors import DataError
@@ -137,6 +140,37 @@ def test_a_folder_that_is_closed_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("call", ["is_dir", "stat"])
+def test_a_lack_of_the_machine_leaves_no_class_or_image_out(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir, name = os.scandir, "b" if call == "is_dir" else "2.jpg"
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
+            self.is_dir, self.stat = entry.is_dir, entry.stat
+            if entry.name == name:
+                setattr(self, call, self.refuse)
+
+        def refuse(self) -> None:
+            raise OSError(number, os.strerror(number))
+
+    @contextmanager
+    def scan(path: str | Path) -> Iterator[list[Entry]]:
+        with scandir(path) as entries:
+            yield [Entry(entry) for entry in entries]
+
+    monkeypatch.setattr("partial_fc.data.folder.os.scandir", scan)
+    for number in (errno.ENOMEM, errno.ESTALE):
+        with pytest.raises(MachineError, match=rf"/{name}: can't read the (folder|image) \({os.strerror(number)}\)"):
+            scan_folder(tmp_path)
+    number = errno.ELOOP
+    names, _ = scan_folder(tmp_path)
+    assert names == (["a/1.jpg"] if call == "is_dir" else ["a/1.jpg", "b/2.jpg"])
+
+
 def test_names_that_are_no_text_can_be_opened(tmp_path: Path):
     root = make(tmp_path, "a/1.jpg")
     with open(os.path.join(os.fsencode(root), b"a", b"\xff.jpg"), "wb") as file:

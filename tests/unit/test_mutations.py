@@ -191,7 +191,7 @@ def read(format: str, path: Path) -> list[tuple[int, bytes]]:
         try:
             image = archive.encoded(ids[row : row + 1])[0].tobytes()
         except DataError as error:
-            assert fault is not None and fault.kind == "record"
+            assert fault is not None and fault.kind in ("record", "empty")
             check_message(error, path)
         else:
             if (length := int(table.length[row])) >= 0:

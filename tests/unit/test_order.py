@@ -3,6 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from partial_fc import sampling
+from partial_fc.data import augment
+from partial_fc.data import order as order_module
 from partial_fc.data.order import (
     BalancedOrder,
     ClassIndex,
@@ -13,6 +16,7 @@ from partial_fc.data.order import (
     local_positions,
 )
 from partial_fc.errors import ConfigError, DataError
+from partial_fc.permutation import hash64
 
 # Classes of very different sizes, not sorted; sample 5 and class 4 can't be used.
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 3, 5, 6, 7], [1, 2, 3, 20, 5, 70, 9]))
@@ -141,32 +145,99 @@ def test_where_the_samples_of_each_class_are() -> None:
         assert found.tolist() == np.flatnonzero(LABELS == number).tolist()
     in_files = ClassIndex(np.array([3, 3, 7, 9, 9, 9]))
     assert in_files.samples(np.array([0, 1, 2]), np.array([1, 0, 2])).tolist() == [1, 2, 5]
+    assert in_files._by_class is None
     with pytest.raises(DataError, match="no sample of the data set has a class.*partial-fc validate"):
         ClassIndex(np.array([-1, -1]))
 
 
-def test_a_balanced_pass_has_each_class_equally_often() -> None:
-    order = BalancedOrder(ClassIndex(LABELS), seed=0)
-    classes = LABELS[order.sample_ids(np.arange(order.length))]
-    assert (classes >= 0).all()
-    assert len(set(np.bincount(classes)[[0, 1, 2, 3, 5, 6, 7]].tolist())) == 1
-    # The samples of a class take turns: over the passes none comes twice more often than another.
+def test_sorted_classes_need_no_list_of_samples_where_some_are_unusable() -> None:
+    labels = np.array([-1, 3, 3, -1, -1, 3, 7, 9, -1, 9, 9, -1])
+    classes = ClassIndex(labels)
+    assert (classes.classes.tolist(), classes.counts.tolist()) == ([3, 7, 9], [3, 1, 3])
+    group, index = np.array([0, 0, 0, 1, 2, 2, 2]), np.array([0, 1, 2, 0, 0, 1, 2])
+    assert classes.samples(group, index).tolist() == np.flatnonzero(labels >= 0).tolist()
+    assert classes._by_class is None
+    assert BalancedOrder(classes, 0, balance=0).length == 7
+
+
+def turns(sizes: list[int], balance: float, passes: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each class came in each pass, ``[passes, G]``, and how often it should on average, ``[G]``."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    order = BalancedOrder(ClassIndex(labels), seed=3, balance=balance)
+    assert order.length == len(labels)
+    classes = labels[order.sample_ids(np.arange(passes * order.length))].reshape(passes, -1)
+    expected = np.array(sizes) ** (1 - balance)
+    return (
+        np.stack([np.bincount(one, minlength=len(sizes)) for one in classes]),
+        expected * (len(labels) / expected.sum()),
+    )
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 3, 4, 5], [1] * 100 + [2] * 90, LABELS.tolist()[:30] + [200], [7], [3, 3]])
+@pytest.mark.parametrize("balance", [0.25, 0.5, 1.0])
+def test_a_class_has_its_turns_in_each_pass_and_exactly_over_the_passes(sizes: list[int], balance: float) -> None:
+    sizes = [max(1, size) for size in sizes]
+    got, expected = turns(sizes, balance, passes=64)
+    assert expected.min() > 1 - 1e-9
+    # In each pass the number rounded up or down; over 2, 4, ... 64 passes too.
+    for passes in (1, 2, 8, 64):
+        together = got.reshape(64 // passes, passes, -1).sum(axis=1)
+        assert (together > passes * expected - 1).all() and (together < passes * expected + 1).all()
+    # Not the same classes are rounded up in all passes, nor do classes of one size go up together.
+    rounded_up = got > expected + 1e-9
+    assert (rounded_up.mean(axis=0) < 1).all()
+    for size in set(sizes):
+        same = [number for number in range(len(sizes)) if sizes[number] == size]
+        share, most = expected[same[0]] % 1, len(same)
+        if len(same) > 50:
+            assert (np.abs(rounded_up[:, same].sum(axis=1) - share * most) < 2).all()
+
+
+def test_small_classes_have_the_ratio_of_their_sizes_to_a_power() -> None:
+    got, _ = turns([1] * 1000 + [2] * 900, balance=0.5, passes=32)
+    ratio = got[:, 1000:].mean() / got[:, :1000].mean()
+    assert abs(ratio - np.sqrt(2)) < 1e-3
+    got, _ = turns([1, 2, 3, 4, 5], balance=0.5, passes=128)
+    assert np.allclose(got.mean(axis=0) / got[:, 0].mean(), np.sqrt([1, 2, 3, 4, 5]), atol=0.02)
+
+
+def test_a_balance_of_one_draws_each_class_equally_often() -> None:
+    got, expected = turns([1, 2, 3, 20, 5, 70, 9], balance=1.0, passes=16)
+    assert np.allclose(expected, 110 / 7)
+    assert set(got.ravel().tolist()) == {15, 16}
+    assert np.ptp(got.sum(axis=0)) <= 1
+
+
+def test_a_balance_of_zero_is_every_sample_once_a_pass() -> None:
+    order = BalancedOrder(ClassIndex(LABELS), seed=0, balance=0.0)
+    for number in range(5):
+        ids = order.sample_ids(np.arange(number * order.length, (number + 1) * order.length))
+        assert np.array_equal(np.sort(ids), np.flatnonzero(LABELS >= 0))
+
+
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_the_samples_of_a_class_take_turns(balance: float) -> None:
+    order = BalancedOrder(ClassIndex(LABELS), seed=0, balance=balance)
     ids = order.sample_ids(np.arange(30 * order.length))
-    for number in (3, 6):
-        counts = np.bincount(ids, minlength=len(LABELS))[number == LABELS]
-        assert counts.max() - counts.min() <= 1
+    for passes in (1, 7, 30):
+        counts = np.bincount(ids[: passes * order.length], minlength=len(LABELS))
+        for number in set(LABELS[LABELS >= 0].tolist()):
+            assert np.ptp(counts[number == LABELS]) <= 1
 
 
-def test_a_balance_between_draws_by_a_power_of_the_size() -> None:
-    whole = BalancedOrder(ClassIndex(LABELS), seed=0, balance=0.0)
-    ids = whole.sample_ids(np.arange(whole.length))
-    assert np.array_equal(np.sort(ids), np.flatnonzero(LABELS >= 0))
-    half = BalancedOrder(ClassIndex(LABELS), seed=0, balance=0.5)
-    counts = np.bincount(LABELS[half.sample_ids(np.arange(half.length))])
-    sizes = np.bincount(LABELS[LABELS >= 0])
-    # Rounded to whole turns.
-    assert abs(counts[6] / counts[3] - np.sqrt(sizes[6] / sizes[3])) < 0.1
-    assert abs(half.length - len(LABELS)) <= 4
+def test_turns_are_counted_right_far_out() -> None:
+    """The closed form of how many turns came before, against the points of single passes."""
+    order = BalancedOrder(ClassIndex(LABELS), seed=5, balance=0.3)
+    generator = np.random.default_rng(0)
+    edges = order._edges[1:-1]
+    for start in (0, 1, (1 << 24) - 3, 5 << 24, *generator.integers(0, 1 << 40, 40).tolist()):
+        before = [order._points_before(np.full(len(edges), start + step), edges) for step in range(7)]
+        for step in range(6):
+            mirrored = int(f"{(start + step) % (1 << 24):024b}"[::-1], 2) ^ order._key
+            # Points q + u below the edge, in 2**-24: as many as q from 0 on.
+            points = [-(-(int(edge) - mirrored) // (1 << 24)) for edge in edges]
+            assert (before[step + 1] - before[step]).tolist() == points
+    assert not order._points_before(np.zeros(len(edges), dtype=np.int64), edges).any()
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4, 7])
@@ -183,6 +254,19 @@ def test_identities_come_with_their_images_in_a_row(images: int) -> None:
         assert len(set(group.tolist())) == min(images, sizes[number])
     # None is left out for ever.
     assert np.array_equal(np.unique(ids), np.flatnonzero(LABELS >= 0))
+
+
+def test_no_image_of_an_identity_comes_twice_before_all_visits_of_its_turn() -> None:
+    # Of 8 samples in threes a turn has 2 visits, with 6 different samples; a third visit would repeat one.
+    ids = IdentityOrder(ClassIndex(np.zeros(8, dtype=np.int64)), seed=1, images=3).sample_ids(np.arange(6 * 60))
+    assert all(len(set(turn.tolist())) == 6 for turn in ids.reshape(60, 6))
+    counts = np.bincount(ids, minlength=8)
+    assert counts.min() > 0
+
+
+def test_each_random_stream_has_a_key_of_its_own() -> None:
+    tags = [order_module._STREAM_TAG, order_module._TURN_TAG, order_module._OFFSET_TAG, augment._STREAM_TAG]
+    assert len({hash64(0, tag) for tag in [*tags, sampling._STREAM]}) == 5
 
 
 def test_batches_of_sorted_data_hold_as_many_classes_as_a_uniform_shuffle() -> None:

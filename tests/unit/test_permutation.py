@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from partial_fc.permutation import KeyedPermutation, draw_in_turn, hash64, permute_bits, random_unit
+from partial_fc.permutation import KeyedPermutation, draw_in_turn, hash64, permute_bits, permute_pairs, random_unit
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 255, 256, 257, 1000, 4096, 10007, 65537])
@@ -16,7 +16,7 @@ def test_is_a_bijection(n: int) -> None:
 
 def test_is_a_bijection_for_every_small_range() -> None:
     for n in range(1, 5001):
-        image = KeyedPermutation(n, n)(np.arange(n))
+        image = KeyedPermutation(n, n, pairs=n % 2 == 0)(np.arange(n))
         assert len(image) == n and image.min() >= 0 and (np.bincount(image, minlength=n) == 1).all(), n
 
 
@@ -41,6 +41,40 @@ def test_the_first_position_is_uniform_over_keys(n: int) -> None:
     chi2 = float(((counts - draws / n) ** 2 / (draws / n)).sum())
     # Mean n - 1, standard deviation sqrt(2 (n - 1)): five of these are never left by chance.
     assert abs(chi2 - (n - 1)) < 5 * np.sqrt(2 * (n - 1)) + 1
+
+
+def deviation(one: np.ndarray, other: np.ndarray, cells: int) -> float:
+    """Chi-square of the differences of two different elements of ``range(cells + 1)``, in standard deviations."""
+    counts = np.bincount((one - other) % (cells + 1), minlength=cells + 1)
+    assert counts[0] == 0
+    expected = len(one) / cells
+    return float((((counts[1:] - expected) ** 2 / expected).sum() - (cells - 1)) / np.sqrt(2 * (cells - 1)))
+
+
+@pytest.mark.parametrize("bits", [6, 7, 8, 9, 10])
+def test_pairs_are_uniform_over_keys(bits: int) -> None:
+    keys = np.random.default_rng(bits).integers(0, 1 << 32, 1 << 20)
+    # Elements with the same right half, which the first round doesn't tell apart.
+    one, other = (permute_pairs(np.full(len(keys), element), bits, keys) for element in (0, 1 << bits // 2))
+    assert abs(deviation(one, other, (1 << bits) - 1)) < 5
+
+
+def test_pairs_of_draws_are_uniform_over_groups() -> None:
+    group = np.arange(1 << 20)
+    size = np.full(len(group), 128)
+    one, other = (draw_in_turn(1, group, size, np.full(len(group), draw)) for draw in (0, 8))
+    assert abs(deviation(one, other, 127)) < 5
+
+
+def test_ranges_above_512_have_one_permutation_a_key() -> None:
+    # Written down when there was one number of rounds: runs that were begun then go on in their order.
+    for n, digest in ((513, 455413), (4096, 390462), (1_000_003, 442737)):
+        for pairs in (False, True):
+            images = KeyedPermutation(n, 7, pairs=pairs)(np.arange(n))
+            assert int((images * (1 + np.arange(n))).sum() % 1_000_003) == digest
+    assert not np.array_equal(
+        KeyedPermutation(512, 7, pairs=True)(np.arange(512)), KeyedPermutation(512, 7)(np.arange(512))
+    )
 
 
 def test_neighbours_go_apart() -> None:

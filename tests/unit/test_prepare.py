@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from partial_fc.data import pieces
 from partial_fc.data import prepare as module
 from partial_fc.data.archives import Archive, open_archive
 from partial_fc.data.dali import dali_available
@@ -311,7 +314,7 @@ def test_shuffled_shards_hold_every_sample_once_in_another_order(tmp_path: Path)
 
 @pytest.mark.parametrize("format", ["recordio", "webdataset"])
 def test_the_number_of_workers_changes_no_byte(format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 3)
+    monkeypatch.setattr(pieces, "_PIECE", 3)
     images = [image(i, 20 + i, 24) for i in range(50)]
     images[7], images[20] = b"", b"no image at all"
     source = FakeArchive(images, [i * 7 % 11 for i in range(50)])
@@ -381,6 +384,24 @@ def test_an_image_that_shards_have_no_ending_for_is_encoded(tmp_path: Path) -> N
     assert report.reencoded == 1 and [key for key, _, _ in read_shards(tmp_path / "out")] == ["000000000", "000000001"]
     prepare(FakeArchive(images, [0, 1]), tmp_path / "rec", format="recordio")
     assert read_recordio(tmp_path / "rec")[1] == (1, images[1])
+
+
+@pytest.mark.parametrize("format", ["recordio", "webdataset"])
+def test_an_image_that_dali_does_not_decode_is_encoded(format: Any, tmp_path: Path) -> None:
+    kinds = ["GIF", "JPEG", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"]
+    images = [image(i, 40, 48, kind) for i, kind in enumerate(kinds)]
+    report = prepare(FakeArchive(images, [0] * 8), tmp_path, format=format)
+    found = [data for _, data in read_recordio(tmp_path)] if format == "recordio" else stored_in_shards(tmp_path)
+    encoded = [kind for kind, old, new in zip(kinds, images, found, strict=True) if old != new]
+    # WebDataset's readers have no ending for two more of them.
+    assert encoded == ["GIF"] + (["TIFF", "JPEG2000"] if format == "webdataset" else [])
+    assert report.reencoded == len(encoded)
+    assert Image.open(io.BytesIO(found[0])).format == "JPEG" and Image.open(io.BytesIO(found[0])).size == (48, 40)
+
+
+def stored_in_shards(folder: Path) -> list[bytes]:
+    with tarfile.open(folder / "train-000000.tar") as archive:
+        return [archive.extractfile(member).read() for member in archive.getmembers()[::2]]  # type: ignore[union-attr]
 
 
 def test_unusable_samples_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -487,6 +508,9 @@ def test_a_complete_set_of_other_arguments_or_with_a_file_missing_is_refused(tmp
     with pytest.raises(ConfigError, match=r"made otherwise \(the source has changed\)"):
         prepare(FakeArchive(other, LABELS), tmp_path, format="webdataset", shard_size=5)
     assert contents(tmp_path) == before
+    os.truncate(tmp_path / "train-000001.tar", 5120)
+    with pytest.raises(ConfigError, match=r"train-000001.tar has 5120 bytes, expected \d+ bytes: remove"):
+        prepare(source, tmp_path, format="webdataset", shard_size=5)
     (tmp_path / "train-000001.tar").unlink()
     with pytest.raises(ConfigError, match=r"train-000001.tar is missing, expected \d+ bytes: remove"):
         prepare(source, tmp_path, format="webdataset", shard_size=5)
@@ -543,7 +567,7 @@ def interrupted(source: Archive, folder: Path, after: int, **options: Any) -> No
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 2)
+    monkeypatch.setattr(pieces, "_PIECE", 2)
     monkeypatch.setattr(module, "_COMMIT_BYTES", 2000)
 
 
@@ -564,6 +588,110 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert report.outcome == "resumed" and calls[0] > 10 and "goes on at sample" in caplog.text
     assert report.skipped == {"image": 1} and report.written == 29
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_was_done_is_kept_when_a_piece_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 4)
+    images = [image(i) for i in range(30)]
+    images[9] = b"bad"
+    source = FakeArchive(images, [0] * 30)
+    for format, writer in (("recordio", module.PlainRecordWriter), ("webdataset", module.ShardWriter)):
+        options: dict[str, Any] = {"format": format} | ({"shard_size": 5} if format == "webdataset" else {})
+        prepare(source, tmp_path / format, **options)
+        write = writer.write
+        seen: list[int] = []
+
+        def stopping(self: Any, sample: int, data: bytes, label: int) -> None:
+            write(self, sample, data, label)  # noqa: B023
+            seen.append(sample)  # noqa: B023
+            if sample == 21:
+                raise KeyboardInterrupt
+
+        # Sample 21 is the second of its piece; with shards of 5 (9 is left out) it is the first of a new shard.
+        monkeypatch.setattr(writer, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "out" / format, **options)
+        assert json.loads((tmp_path / "out" / format / "prepare.json").read_text())["position"] == 20
+        monkeypatch.setattr(writer, "write", write)
+        report = prepare(source, tmp_path / "out" / format, **options)
+        assert report.outcome == "resumed" and (report.written, report.skipped) == (29, {"image": 1})
+        assert contents(tmp_path / "out" / format) == contents(tmp_path / format)
+
+
+def test_what_was_done_is_committed_after_some_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 4)
+    source = FakeArchive([image(i) for i in range(12)], [0] * 12)
+    committed = []
+
+    def progress(done: int, total: int) -> None:
+        committed.append(json.loads((tmp_path / str(seconds) / "prepare.json").read_text())["position"])
+
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(module, "_COMMIT_SECONDS", seconds)
+        prepare(source, tmp_path / str(seconds), format="recordio", progress=progress)
+    assert committed == [4, 8, 12, 0, 0, 0]
+
+
+def test_after_a_failed_sync_the_commit_before_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 4)
+    monkeypatch.setattr(module, "_COMMIT_SECONDS", 0.0)
+    sync, calls = module.PlainRecordWriter.sync, []
+
+    def failing(self: Any) -> dict[str, int]:
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return sync(self)
+
+    monkeypatch.setattr(module.PlainRecordWriter, "sync", failing)
+    source = FakeArchive([image(i) for i in range(12)], [0] * 12)
+    with pytest.raises(DataError, match="can't write to .*: Input/output error"):
+        prepare(source, tmp_path, format="recordio")
+    assert len(calls) == 2 and json.loads((tmp_path / "prepare.json").read_text())["position"] == 4
+
+
+@pytest.mark.timeout(60)
+def test_an_interruption_gives_up_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 2)
+    seen: list[int] = []
+    given_up = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            given_up.set()
+            super().shutdown(wait=wait)
+
+    class Slow(FakeArchive):
+        def encoded(self, ids: np.ndarray) -> list[np.ndarray]:
+            seen.extend(ids.tolist())
+            if ids[0] == 2:
+                given_up.wait(30)
+            return super().encoded(ids)
+
+    monkeypatch.setattr(pieces, "ThreadPoolExecutor", Pool)
+    # With one worker, the second piece holds up the third, which waits.
+    source = Slow([image(i) for i in range(8)], [0] * 8)
+    monkeypatch.setattr(module, "_describe", lambda source, labels: {})
+    interrupted(source, tmp_path, 1, format="recordio", workers=1)
+    assert set(seen) <= {0, 1, 2, 3}
+
+
+def _describe(source: Archive) -> dict[str, Any]:
+    return module._describe(source, source.all_labels())
+
+
+def test_a_source_is_known_by_its_bytes_and_its_names() -> None:
+    images, names = [b"one image", b"another"], ["a", "b"]
+    known = _describe(FakeArchive(images, [0, 1], names))
+    assert known == _describe(FakeArchive(images, [0, 1], names))
+    others = [
+        FakeArchive([b"one image", b"anothes"], [0, 1], names),
+        FakeArchive(images, [0, 1], ["a", "c"]),
+        FakeArchive(images, [0, 1]),
+        FakeArchive(images, [1, 0], names),
+    ]
+    assert all(_describe(other)["fingerprint"] != known["fingerprint"] for other in others)
 
 
 @pytest.mark.parametrize("change", ["argument", "source", "lost"])
@@ -621,7 +749,7 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
         from tests.unit.test_prepare import *
         # A write beyond this fails with EFBIG, as one to a full disk does with ENOSPC.
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-        module._PIECE, module._COMMIT_BYTES = 2, 2000
+        pieces._PIECE, module._COMMIT_BYTES = 2, 2000
         try:
             prepare(FakeArchive([image(i) for i in range(30)], [0] * 30), sys.argv[1], format="recordio")
         except DataError as error:
@@ -662,7 +790,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(format: str, tmp_path: 
         if format == "webdataset":
             options |= dict(shard_size=3, shuffle_seed=3)
         # Most of what isn't committed is in the files all the same.
-        module._PIECE, module._COMMIT_BYTES, writers._BUFFER = 2, 2500, 100
+        pieces._PIECE, module._COMMIT_BYTES, writers._BUFFER = 2, 2500, 100
 
         def child(folder, die_at):
             if (pid := os.fork()) == 0:

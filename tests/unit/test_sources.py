@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from partial_fc.data.archives import Archive, open_archive
-from partial_fc.data.files import MappedFiles, Names
+from partial_fc.data.files import MappedFiles
 from partial_fc.data.sources import Sources
-from partial_fc.data.table import UNUSABLE, Fault, Scan
+from partial_fc.data.table import UNUSABLE, Fault, Names, Scan
 from partial_fc.errors import ConfigError, DataError
-from tests import records
+from tests import formats, records
 
 
 def archive(root: Path, labels: list[int], num_classes: int | None = None) -> Archive:
@@ -70,7 +70,7 @@ def test_messages_name_the_archive(tmp_path: Path) -> None:
     data[36] = 0
     (tmp_path / "d" / "train.rec").write_bytes(data)
     sources = Sources([*three(tmp_path), open_archive(tmp_path / "d")])
-    assert sources.path == tmp_path
+    assert str(sources.path) == f"{tmp_path}/a/train.rec and 3 more"
     assert sources.locate(0) == f"{tmp_path}/a/train.rec, byte 32"
     assert sources.locate(7) == f"{tmp_path}/c/train.rec, byte 32"
     fault = sources.fault(4)
@@ -99,26 +99,72 @@ def test_no_archive_is_refused() -> None:
         Sources([])
 
 
+def test_data_sets_in_several_places_are_named_by_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = [archive(Path(name), [0]) for name in ("a", "b")]
+    assert Sources(parts[:1]).path == Path("a/train.rec")
+    assert str(Sources(parts).path) == "a/train.rec and 1 more"
+
+
+def test_names_of_classes_are_joined(tmp_path: Path) -> None:
+    def named(folder: str, classes: list[str], num_classes: int | None = None) -> Archive:
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name / "1.jpg").write_bytes(b"x")
+        return open_archive(tmp_path / folder, num_classes=num_classes)
+
+    parts = [named("one", ["a", "b"]), named("two", ["c"]), named("three", ["d", "e", "f"])]
+    names = Sources(parts).class_names
+    assert names is not None and len(names) == 6 and list(names) == ["a", "b", "c", "d", "e", "f"]
+    assert names[-1] == "f" and names[-6] == "a" and names[1:4] == ["b", "c", "d"]
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"index {index} of 6 names"):
+            names[index]
+    for sample, label in enumerate(Sources(parts).all_labels()):
+        assert f"/{names[label]}/" in Sources(parts).locate(sample)
+    for merge in (False, True):
+        assert Sources(parts[:1], merge_classes=merge).class_names is parts[0].class_names
+    assert Sources(parts, merge_classes=True).class_names is None
+    assert Sources([parts[0], archive(tmp_path / "nameless", [0])]).class_names is None
+    assert Sources([named("two", ["c"], num_classes=5), parts[0]]).class_names is None
+
+
 @pytest.mark.parametrize("merge", [True, False])
-def test_more_classes_than_labels_can_tell_apart_are_refused(merge: bool, tmp_path: Path) -> None:
+def test_more_classes_than_there_can_be_are_refused(merge: bool, tmp_path: Path) -> None:
     def of(*counts: int) -> list[Archive]:
         return [archive(tmp_path / f"{number}", [0], count) for number, count in enumerate(counts)]
 
-    most = 2**62 - 1
+    most = 2**40
     assert Sources(of(1, most - 1), merge_classes=merge).num_classes == (most - 1 if merge else most)
     assert Sources(of(most), merge_classes=merge).labels(np.array([0])).tolist() == [0]
-    for counts in ((2**62,), (3, 2**63 - 1, 5)):
+    for counts in ((2**40 + 1,), (3, 2**63 - 1, 5)):
         total = max(counts) if merge else sum(counts)
         message = (
-            rf"/{len(counts) // 2}/train.rec: {max(counts)} classes, .* {total} in all, expected fewer than 2\*\*62"
+            rf"^{tmp_path}/{len(counts) // 2}/train.rec has {max(counts)} classes, so .* {total} classes in all, "
+            r"expected at most 2\*\*40: correct num_classes"
         )
         with pytest.raises(ConfigError, match=message):
             Sources(of(*counts), merge_classes=merge)
     if merge:
         assert Sources(of(most, most), merge_classes=True).num_classes == most
     else:
-        with pytest.raises(ConfigError, match=f"/0/train.rec: {most} classes, .* {2 * most} in all"):
+        with pytest.raises(ConfigError, match=f"/0/train.rec has {most} classes, .* {2 * most} classes in all"):
             Sources(of(most, most))
+
+
+@pytest.mark.parametrize("label", [2**40, 2**61, 2**63 - 1])
+def test_a_sample_with_a_mad_label_is_named(label: int, tmp_path: Path) -> None:
+    members = [member for number in range(4) for member in ((f"{number}.jpg", b"x"), (f"{number}.cls", b"%d" % number))]
+    members[5] = ("2.cls", b"%d" % label)
+    (tmp_path / "a.tar").write_bytes(formats.tar(members))
+    mad, good = open_archive(tmp_path / "a.tar"), archive(tmp_path / "b", [0, 1])
+    for parts in ([mad], [good, mad]):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^sample 2 \({tmp_path}/a.tar, byte 4608\) has the label {label}, so that there are "
+            rf"{label + 1 + (2 if len(parts) > 1 else 0)} classes in all, expected at most 2\*\*40: correct the label",
+        ):
+            Sources(parts)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,4 +199,4 @@ def test_ids_agree_with_the_archives_one_by_one(data: st.DataObject, tmp_path: P
         assert label == (own if own == UNUSABLE or merge else own + 5 * number) == sources.all_labels()[sample]
         assert np.array_equal(image, parts[number].encoded(np.array([row]))[0])
         assert sources.fault(sample) == parts[number].fault(row)
-        assert sources.locate(sample).endswith(parts[number].locate(row))
+        assert sources.locate(sample) == parts[number].locate(row)

@@ -5,7 +5,7 @@ import logging
 import re
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from partial_fc.data.augment import Augmentation
 from partial_fc.data.dali import dali_available, open_stream
 from partial_fc.data.decode import decode_image
 from partial_fc.data.faults import GoodSamples, Rows
+from partial_fc.data.files import MachineError
 from partial_fc.data.order import BalancedOrder, ClassIndex, IdentityOrder, Order, SampleOrder, WeightedOrder
 from partial_fc.data.sources import Sources
 from partial_fc.data.stream import Batch, PythonStream, SampleStream
@@ -295,7 +296,8 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
 
 
 def counting(share: float) -> GoodSamples:
-    sources = SimpleNamespace(path="train.rec")
+    sources = MagicMock(path="train.rec", archives=[])
+    sources.__len__.return_value = 10
     limits = dict(max_image_pixels=1, max_bad_share=share, min_samples=1000)
     return GoodSamples(sources, SampleOrder(10, 0), SIDE, **limits)  # type: ignore[arg-type]
 
@@ -370,7 +372,9 @@ def test_batches_are_decoded_ahead_and_bad_ones_only_once(tmp_path: Path, monkey
         return decode_image(encoded, image_size)
 
     monkeypatch.setattr(faults, "decode_image", decode)
-    bad = b"no image at all, and of a length of its own" * 3
+    # Its header is in order but for the Huffman table; and a comment gives it a length of its own.
+    tables = GOOD.index(b"\xff\xc4")
+    bad = GOOD[: tables + 5] + b"\xff" * 16 + GOOD[tables + 21 :] + bytes(77)
     mine = stream(data_set(tmp_path, bad={3: bad}), prefetch=3, threads=1)
     mine.next_batch()
     assert len(mine._ahead) == 3  # type: ignore[attr-defined]
@@ -415,6 +419,24 @@ def test_an_exception_in_the_background_arrives(kind: str, tmp_path: Path, monke
         for _ in range(8):
             mine.next_batch()
     mine.close()
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_what_is_the_fault_of_the_machine_counts_for_no_sample(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = data_set(tmp_path)
+    with stream(sources, kind=kind) as mine:
+        mine.next_batch()
+
+        def full(ids: np.ndarray) -> list[np.ndarray]:
+            raise MachineError("train.rec: too many open files: raise the limit (ulimit -n)")
+
+        monkeypatch.setattr(sources, "encoded", full)
+        with pytest.raises(MachineError, match="too many open files"):
+            for _ in range(9):
+                mine.next_batch()
+        assert not mine.decode_errors and not mine._samples._known
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:

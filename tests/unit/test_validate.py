@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from partial_fc.data import pieces
 from partial_fc.data import validate as module
 from partial_fc.data.archives import Archive, open_archive
 from partial_fc.data.findings import Spread, ValidationReport, render
@@ -76,7 +79,7 @@ def test_each_kind_of_fault_is_counted_and_named(tmp_path: Path) -> None:
     assert not report.ok and len(report.problems) == 4
     text = render(report)
     assert text.startswith(f"NOT OK: {tmp_path / 'train.rec'}: 6 of 8 samples can't be used\n")
-    assert "sample 4: train.rec, byte" in text
+    assert f"sample 4: {tmp_path / 'train.rec'}, byte" in text
 
 
 def test_an_empty_file_of_a_folder_is_empty(tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ def test_copies_within_and_across_classes_are_told_apart(tmp_path: Path) -> None
     assert (copies.within, copies.across, copies.across_samples) == (3, 2, 5)
     assert [pair.samples for pair in copies.within_first] == [(0, 3), (1, 4)]
     assert [(pair.samples, pair.classes) for pair in copies.across_first] == [((0, 5), (0, 1)), ((2, 7), (1, 2))]
-    assert copies.across_first[0].places[0] == "train.rec, byte 32"
+    assert copies.across_first[0].places[0] == f"{tmp_path / 'train.rec'}, byte 32"
     assert "2 images in several classes (5 samples): some of their labels are wrong" in report.warnings
 
 
@@ -166,7 +169,7 @@ def test_threads_and_pieces_leave_the_report_as_it_is(tmp_path: Path, monkeypatc
     images = [image(i % 50) if i % 7 else b"damaged beyond help %d" % i for i in range(90)]
     source = archive(tmp_path, images, [i % 9 for i in range(90)], classes=9)
     alone = check(source, threads=1)
-    monkeypatch.setattr(module, "_PIECE", 7)
+    monkeypatch.setattr(pieces, "_PIECE", 7)
     assert without_time(check(source, threads=4)) == without_time(alone)
     assert alone.unusable["image"] == 13 and alone.copies.across > 0
 
@@ -184,11 +187,43 @@ def test_a_limit_spreads_the_samples_evenly(tmp_path: Path) -> None:
 
 
 def test_progress_counts_up_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 4)
+    monkeypatch.setattr(pieces, "_PIECE", 4)
     seen: list[tuple[int, int]] = []
     source = archive(tmp_path, [image(i) for i in range(30)], [0] * 30, classes=1)
     check(source, threads=3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(min(done, 30), 30) for done in range(4, 33, 4)]
+
+
+@pytest.mark.timeout(60)
+def test_an_interruption_stops_between_two_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 4)
+    source = archive(tmp_path, [image(i) for i in range(30)], [0] * 30, classes=1)
+    decode, decoded = module.decode_pixels, []
+    stopping, stopped = threading.Event(), threading.Event()
+    told: list[bool] = []
+
+    class Stopped(threading.Event):
+        def set(self) -> None:
+            super().set()
+            stopped.set()
+
+    def slow(data: np.ndarray, *, max_pixels: int) -> np.ndarray:
+        decoded.append(data)
+        if len(decoded) == 6:
+            stopping.set()
+            told.append(stopped.wait(20))
+        return decode(data, max_pixels=max_pixels)
+
+    def progress(done: int, total: int) -> None:
+        assert stopping.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pieces, "threading", SimpleNamespace(Event=Stopped))
+    monkeypatch.setattr(module, "decode_pixels", slow)
+    with pytest.raises(KeyboardInterrupt):
+        check(source, threads=1, progress=progress)
+    # The second image of the second piece was the last one.
+    assert len(decoded) == 6 and told == [True]
 
 
 def test_grey_images_are_counted_however_they_are_stored(tmp_path: Path) -> None:
@@ -211,6 +246,32 @@ def test_a_wrong_checksum_is_a_problem_even_where_the_image_decodes(tmp_path: Pa
     assert sum(report.unusable.values()) == 0 and report.bad_checksums == 1 and not report.ok
     assert report.checksums_first == [f"{path}, byte {third}"]
     assert render(report).startswith(f"NOT OK: {path}: 1 record: the checksum isn't that of the data\n")
+
+
+def test_checksums_are_left_out_with_a_limit_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [formats.example({"image/encoded": image(i), "image/class/label": i % 2}) for i in range(4)]
+    path = formats.write_tfrecord(tmp_path / "train-00000-of-00001.tfrecord", messages)
+    assert check(open_archive(path), sample_limit=4).bad_checksums == 0
+    monkeypatch.setattr(module, "bad_checksums", lambda *_: pytest.fail("the whole file was read"))
+    report = check(open_archive(path), sample_limit=3)
+    assert report.ok and report.bad_checksums is None and report.checksums_skipped
+    assert "checksums   not checked (--limit)" in render(report)
+    recordio = check(archive(tmp_path / "rec", [image(0), image(1)], [0, 1], classes=2), sample_limit=1)
+    assert not recordio.checksums_skipped and "checksums   " not in render(recordio)
+
+
+def test_progress_of_the_checksums_is_in_bytes_of_all_files(tmp_path: Path) -> None:
+    size = 0
+    for file in range(2):
+        messages = [formats.example({"image/encoded": image(i), "image/class/label": i % 2}) for i in range(3)]
+        path = formats.write_tfrecord(tmp_path / f"train-{file:05d}-of-00002.tfrecord", messages)
+        size += path.stat().st_size
+    images: list[tuple[int, int]] = []
+    bytes_: list[tuple[int, int]] = []
+    source = open_archive(tmp_path)
+    check(source, progress=lambda *done: images.append(done), checksum_progress=lambda *done: bytes_.append(done))
+    assert images == [(6, 6)]
+    assert bytes_ == [(path.stat().st_size, size), (size, size)]
 
 
 @pytest.mark.parametrize("name", ["threads", "image_size", "sample_limit"])
