@@ -26,6 +26,8 @@ _ROUNDS, _ROUNDS_OF_FEW, _FEW_BITS = 6, 12, 9
 _MIN_BITS = 8
 # Groups up to this size are permuted by sorting.
 _SORTED = 64
+# So many of them at once, which takes 10 MB.
+_SORTED_AT_ONCE = 1 << 13
 
 # A NumPy int64 or uint32 array, or a torch int64 tensor.
 IntArray = TypeVar("IntArray", bound=Any)
@@ -135,14 +137,15 @@ def draw_in_turn(key: int, group: np.ndarray, size: np.ndarray, draw: np.ndarray
     keys = ((keys ^ (keys >> 29)) * 0xBF58476D1CE4E5B9) & _MASK64
     keys = (keys >> 32).astype(np.int64)
     result = np.zeros_like(index)
-    small = (size > 1) & (size <= _SORTED)
-    if small.any():
+    small = np.flatnonzero((size > 1) & (size <= _SORTED))
+    for begin in range(0, len(small), _SORTED_AT_ONCE):
         # Walking cycles takes long where a group fills a small part of the power of two: its elements are sorted by
         # random numbers instead.
-        width = int(size[small].max())
-        noise = mix32(mix32(np.arange(width) * 0x9E3779B1) ^ keys[small, None])
-        noise[np.arange(width) >= size[small, None]] = 1 << 32
-        result[small] = np.argsort(noise, axis=1, kind="stable")[np.arange(len(noise)), index[small]]
+        rows = small[begin : begin + _SORTED_AT_ONCE]
+        width = int(size[rows].max())
+        noise = mix32(mix32(np.arange(width) * 0x9E3779B1) ^ keys[rows, None])
+        noise[np.arange(width) >= size[rows, None]] = 1 << 32
+        result[rows] = np.argsort(noise, axis=1, kind="stable")[np.arange(len(noise)), index[rows]]
     bits = np.where(size > _SORTED, np.frexp((size - 1).astype(np.float64))[1], 0)
     for number in np.unique(bits[bits > 0]).tolist():
         rows = np.flatnonzero(bits == number)
@@ -159,25 +162,21 @@ class KeyedPermutation:
     Args:
         n: size of the range, 1 to 2**62.
         key: any integer.
-        pairs: whether over the keys each pair of images must be equally frequent (:func:`permute_pairs`). For n above
-            512 that's so in any case, and the permutation is the same.
     """
 
-    def __init__(self, n: int, key: int, *, pairs: bool = False) -> None:
+    def __init__(self, n: int, key: int) -> None:
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation needs 1 <= n <= 2**62, got n={n}")
         self.n = n
         self._bits = max(_MIN_BITS, (n - 1).bit_length())
         self._key = hash64(key) & _MASK32
-        self._pairs = pairs
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Map an int64 array (uint32 will do for n <= 2**32) of values in ``[0, n)`` to their images in ``[0, n)``."""
-        permute = permute_pairs if self._pairs else permute_bits
-        image = permute(index, self._bits, self._key)
+        image = permute_bits(index, self._bits, self._key)
         outside = np.flatnonzero(image >= self.n)
         while outside.size:
-            walked = permute(image[outside], self._bits, self._key)
+            walked = permute_bits(image[outside], self._bits, self._key)
             image[outside] = walked
             outside = outside[walked >= self.n]
         return image

@@ -31,6 +31,9 @@ _STREAM_TAG = 0x0DE5
 _TURN_TAG = 0x7042
 _OFFSET_TAG = 0x0FF5
 
+# Up to here KeyedPermutation doesn't mix pairs evenly, and of so few a batch spans many passes.
+_SMALL = 512
+
 # The turns of a class in a pass are counted in 2**-24, which go into an int64 up to 2**38 samples.
 _FRACTION_BITS = 24
 _WHOLE = 1 << _FRACTION_BITS
@@ -74,10 +77,13 @@ class Order(ABC):
     def _shuffled(self, index: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Passes over ``range(count)`` in an order of their own each: pass and element of each index."""
         passes, within = np.divmod(index, count)
+        if count <= _SMALL:
+            zeros = np.zeros_like(index)
+            return passes, draw_in_turn(hash64(self.seed, _STREAM_TAG), zeros, zeros + count, index)
         elements = np.empty_like(within)
         for number in np.unique(passes).tolist():
             rows = passes == number
-            elements[rows] = KeyedPermutation(count, hash64(self.seed, _STREAM_TAG, number), pairs=True)(within[rows])
+            elements[rows] = KeyedPermutation(count, hash64(self.seed, _STREAM_TAG, number))(within[rows])
         return passes, elements
 
 

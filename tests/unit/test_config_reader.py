@@ -261,6 +261,8 @@ def test_all_problems_of_a_list_are_reported_and_its_places_stay(tmp_path):
     # One that shows behind another problem has its own place too.
     text = CORNERS + "  - {x: 10}\npaint: {label: 1}"
     assert [line.split(": ")[1] for line in problems(tmp_path, text)] == ["paint.label", "drawing.corners[1].x"]
+    text = "drawing: {title: t, corners: [3], weight: 2}\npaint: {colour: green}"
+    assert [line.split(": ")[1] for line in problems(tmp_path, text)] == ["drawing.corners[0]", "drawing.weight"]
 
 
 @given(

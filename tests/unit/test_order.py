@@ -16,7 +16,7 @@ from partial_fc.data.order import (
     local_positions,
 )
 from partial_fc.errors import ConfigError, DataError
-from partial_fc.permutation import hash64
+from partial_fc.permutation import KeyedPermutation, hash64
 
 # Classes of very different sizes, not sorted; sample 5 and class 4 can't be used.
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 3, 5, 6, 7], [1, 2, 3, 20, 5, 70, 9]))
@@ -197,8 +197,8 @@ def test_small_classes_have_the_ratio_of_their_sizes_to_a_power() -> None:
     got, _ = turns([1] * 1000 + [2] * 900, balance=0.5, passes=32)
     ratio = got[:, 1000:].mean() / got[:, :1000].mean()
     assert abs(ratio - np.sqrt(2)) < 1e-3
-    got, _ = turns([1, 2, 3, 4, 5], balance=0.5, passes=128)
-    assert np.allclose(got.mean(axis=0) / got[:, 0].mean(), np.sqrt([1, 2, 3, 4, 5]), atol=0.02)
+    got, _ = turns([1, 2, 3, 4, 5], balance=0.5, passes=1024)
+    assert np.allclose(got.mean(axis=0) / got[:, 0].mean(), np.sqrt([1, 2, 3, 4, 5]), atol=0.01)
 
 
 def test_a_balance_of_one_draws_each_class_equally_often() -> None:
@@ -304,6 +304,25 @@ def test_positions_and_samples_are_independent() -> None:
     chi2 = float(((table - expected) ** 2 / expected).sum())
     # Both margins are fixed: 19 * 19 degrees of freedom, by the factor of sampling without replacement.
     assert abs(chi2 - 361 * 400 / 399) < 5 * np.sqrt(2 * 361)
+
+
+@pytest.mark.parametrize("count", [50, 128, 256, 512])
+def test_pairs_of_positions_show_pairs_of_samples_equally_often(count: int) -> None:
+    """Few samples, over many passes: chi-square of the differences between the samples of two positions of a pass."""
+    passes = np.arange(1 << 17) * count
+    order = SampleOrder(count, seed=4)
+    for distance in (1, 8, 16):
+        differences = (order.sample_ids(passes) - order.sample_ids(passes + distance)) % count
+        counts = np.bincount(differences, minlength=count)
+        expected = len(passes) / (count - 1)
+        assert counts[0] == 0
+        chi2 = float(((counts[1:] - expected) ** 2 / expected).sum())
+        assert abs(chi2 - (count - 2)) < 5 * np.sqrt(2 * (count - 2))
+
+
+def test_runs_of_more_than_512_samples_keep_their_order() -> None:
+    expected = [KeyedPermutation(513, hash64(9, 0x0DE5, number))(np.arange(513)) for number in range(3)]
+    assert np.array_equal(SampleOrder(513, seed=9).sample_ids(np.arange(3 * 513)), np.concatenate(expected))
 
 
 def test_a_thousand_million_samples_need_no_list() -> None:
