@@ -199,7 +199,7 @@ class GoodSamples:
         images = []
         for row, encoded in enumerate(rows.encoded):
             try:
-                image = decode_image(encoded, self._size[0])
+                image = decode_image(encoded, self._size[0], max_pixels=self._max_pixels)
             except ImageError:
                 image = self.replace(rows, row)
             images.append(augment_image(image, augmentation, parameters[row]))
@@ -272,7 +272,7 @@ class GoodSamples:
         try:
             if fault := look_at(encoded, self._max_pixels)[0]:
                 raise ImageError(*fault)
-            image = decode_image(encoded, self._size[0])
+            image = decode_image(encoded, self._size[0], max_pixels=self._max_pixels)
         except ImageError as error:
             self._known[sample] = error.kind, f"{self._sources.locate(sample)}: {error}"
             return None

@@ -312,6 +312,6 @@ def test_a_sample_that_a_reader_found_to_be_bad_meanwhile_is_replaced(
             return rows
 
         samples.read = and_then_found  # type: ignore[method-assign]
-        assert_same_batches(mine, open_("python", sources), steps=4)
+        assert_same_batches(mine, open_("python", sources), steps=3)
         assert mine.decode_errors == {"image": 1}
     assert not any("DALI failed" in message for message in caplog.messages)

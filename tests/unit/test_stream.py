@@ -367,9 +367,9 @@ def test_a_failed_count_leaves_the_position(kind: str, tmp_path: Path, monkeypat
 def test_batches_are_decoded_ahead_and_bad_ones_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
 
-    def decode(encoded: np.ndarray, image_size: int) -> np.ndarray:
+    def decode(encoded: np.ndarray, image_size: int, **options: int) -> np.ndarray:
         decoded.append(encoded.size)
-        return decode_image(encoded, image_size)
+        return decode_image(encoded, image_size, **options)
 
     monkeypatch.setattr(faults, "decode_image", decode)
     # Its header is in order but for the Huffman table; and a comment gives it a length of its own.
