@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from partial_fc import models
 from partial_fc.config import Config
@@ -33,7 +34,8 @@ from partial_fc.head import PartialFC
 from partial_fc.margins import ArcFace, CombinedMargin, CosFace, Margin, NormFace, SphereFace
 from partial_fc.mining import FocalLoss, HardMining, Mining
 from partial_fc.norm_margins import AdaFace, MagFace
-from partial_fc.optim import RowAdamW, RowOptimizer, RowSGD, Schedule
+from partial_fc.optim import RowAdamW, RowOptimizer, RowSGD
+from partial_fc.schedule import Schedule
 
 MARGINS: dict[str, type[Margin]] = {
     margin.__name__: margin for margin in (NormFace, CosFace, ArcFace, CombinedMargin, SphereFace, MagFace, AdaFace)
@@ -63,12 +65,14 @@ class Place:
         world_size: W.
         local_rank: among the ranks of this machine.
         device: where backbone and head are.
+        store: the job's, with a prefix of this attempt; None where there is only one process.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    store: Store | None = None
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from partial_fc import cli_head
+from partial_fc.cli_errors import one_line_errors
 from partial_fc.errors import PartialFCError
 
 
@@ -28,6 +27,8 @@ app = typer.Typer(
     help="Train and evaluate classifiers with very many classes.",
 )
 
+app.add_typer(cli_head.app, name="head")
+
 _Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the configuration, such as train.steps=1000."),
@@ -39,7 +40,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="Configuration, a YAML file.")], overrides: _Overrides = None
 ) -> None:
     """Train. Start it with torchrun for several ranks, alone for one."""
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.config import load_config
         from partial_fc.ranks import joined_ranks
         from partial_fc.train import Trainer
@@ -56,11 +57,11 @@ def evaluate(
     report: Annotated[bool, typer.Option(help="Write report.md and its pictures into the run's folder.")] = True,
 ) -> None:
     """Verify a run's saved model on its evaluate.sets. Start it with torchrun for several ranks, alone for one."""
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.config import load_config
         from partial_fc.ranks import joined_ranks
         from partial_fc.report import write_report
-        from partial_fc.train import describe, evaluate_saved
+        from partial_fc.verify import describe, evaluate_saved
 
         if not (run / "config.yaml").is_file():
             raise PartialFCError(f"{run}: no run is there, expected a folder with config.yaml and model")
@@ -93,7 +94,7 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Write the figures into this file, too.")] = None,
 ) -> None:
     """Say what a run would take: memory by item, bytes sent, operations, and the most classes that fit."""
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.config import load_config
         from partial_fc.plan_report import make_plan
 
@@ -127,12 +128,16 @@ def prepare(
     shuffle_seed: Annotated[
         int | None, typer.Option(help="Shuffle the samples of a WebDataset, for readers that don't.")
     ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option(help="New ids of the classes: the .classes.csv of head remap or merge; -1: left out."),
+    ] = None,
 ) -> None:
     """Write a data set anew, as RecordIO or WebDataset. Interrupted, it goes on where it stopped.
 
     Every sample that can be used is written once: weights of sets don't matter here.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.tools import run_prepare
 
         run_prepare(
@@ -145,6 +150,7 @@ def prepare(
             workers=workers,
             shard_size=shard_size,
             shuffle_seed=shuffle_seed,
+            class_map=class_map,
         )
 
 
@@ -162,7 +168,7 @@ def validate(
 
     Exit code 1 where a sample can't be used or a checksum is wrong, 2 where the set couldn't be checked.
     """
-    with _one_line_errors(exit_code=2):
+    with one_line_errors(exit_code=2):
         from partial_fc.tools import run_validate
 
         usable = run_validate(path, overrides or [], limit=limit, workers=workers, json_file=json)
@@ -183,7 +189,7 @@ def show(
     columns: Annotated[int, typer.Option(min=2, help="Images in a row.")] = 10,
 ) -> None:
     """Draw augmented samples of a few classes into a picture."""
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.tools import run_show
 
         run_show(path, overrides or [], out=out, classes=classes, class_ids=class_id or [], columns=columns)
@@ -195,7 +201,7 @@ def demo(
     overrides: _Overrides = None,
 ) -> None:
     """Make a data set where there is none, train on it with torchrun, evaluate, and say where everything is."""
-    with _one_line_errors():
+    with one_line_errors():
         from partial_fc.demo import run_demo
 
         run_demo(config, overrides or [])
@@ -207,50 +213,3 @@ def main() -> None:
     # What every rank would say alike is said once.
     logging.getLogger("partial_fc").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     app()
-
-
-@contextmanager
-def _one_line_errors(exit_code: int = 1) -> Iterator[None]:
-    """An expected error becomes a line and the exit code; one of all ranks is shown by the first of a machine."""
-    from torch.distributed import DistError
-
-    try:
-        yield
-    except PartialFCError as error:
-        if error.rank is not None:
-            print(f"error: rank {error.rank}: {error}", file=sys.stderr, flush=True)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(exit_code)
-    except KeyboardInterrupt:
-        _leave(130)
-    except DistError as error:
-        _other_rank_stopped(error)
-    except RuntimeError as error:
-        # gloo reports a peer that is gone as a plain RuntimeError.
-        if "WORLD_SIZE" not in os.environ or not any(sign in str(error) for sign in _PEER_GONE):
-            raise
-        _other_rank_stopped(error)
-
-
-_PEER_GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Timed out waiting",
-    "timeout caused",
-    "Broken pipe",
-)
-
-
-def _other_rank_stopped(error: BaseException) -> NoReturn:
-    first = str(error).splitlines()[0]
-    print(f"rank {os.environ.get('RANK', '0')} stops: another rank is gone ({first})", file=sys.stderr, flush=True)
-    _leave(1)
-
-
-def _leave(code: int) -> NoReturn:
-    """End now. Other ranks may be gone: tearing the process group down in order could wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

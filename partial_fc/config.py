@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from partial_fc.config_data import AugmentConfig, DataConfig, data_contradictions
 from partial_fc.config_reader import Contradiction, raise_contradictions, read_model, write_yaml
+from partial_fc.config_train import CheckpointConfig, EvaluateConfig, MetricsConfig, TrainConfig
 from partial_fc.config_types import BelowOne, Cosine, Count, NotNegative, Positive, Section
 
 
@@ -292,59 +293,6 @@ class OptimConfig(Section):
     """Type of the class centres' optimizer state; bf16 is rounded stochastically. Null: as head.storage."""
 
 
-class TrainConfig(Section):
-    """The loop."""
-
-    batch_size: Count = 512
-    """Samples of an optimizer step, over all ranks and accumulated micro batches."""
-    steps: Count | None = None
-    """Optimizer steps of the run; give this or epochs."""
-    epochs: Positive | None = None
-    """Length of the run in passes over the data; give this or steps."""
-    accumulate: Count = 1
-    """Micro batches whose gradients are summed for one step."""
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Type of the backbone's products (tf32: of fp32 products on GPUs); auto: bf16 on GPUs that have it, else fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: on GPUs where there are any."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Key of everything that is random."""
-    run_dir: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder of the runs' folders."""
-    name: Annotated[str, Field(pattern=r"^[^/.][^/]*$")] | None = None
-    """Name of the run's folder; null: that of the configuration file."""
-    log_every: Count = 50
-    """Steps between two lines of the log."""
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """After a NaN or infinity in a step: stop the run, or leave the step out."""
-    timeout_seconds: Positive = 600.0
-    """Seconds after which a collective that a rank doesn't join fails."""
-
-
-class MetricsConfig(Section):
-    """The Prometheus endpoint of each rank."""
-
-    enabled: bool = True
-    """Whether to serve metrics."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 9400
-    """Port of local rank 0; local rank r serves on port + r."""
-    address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for a Prometheus on another machine."""
-
-
-class EvaluateConfig(Section):
-    """Verification during and after training."""
-
-    sets: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Verification .bin files; relative paths start at data.path."""
-    every_steps: Count | None = None
-    """Steps between two evaluations; null: only at the end."""
-    batch_size: Count = 256
-    """Images that a rank embeds at once."""
-    flip: bool = True
-    """Add the embedding of the mirrored image, as InsightFace does."""
-
-
 class Config(Section):
     """All sections of a run."""
 
@@ -360,6 +308,8 @@ class Config(Section):
     """Optimizer and learning rate schedule."""
     train: TrainConfig
     """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Commits of the whole state, which a run goes on from."""
     metrics: MetricsConfig = MetricsConfig()
     """The Prometheus endpoint of each rank."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -415,6 +365,10 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     ):
         text = "got bounds of MagFace that don't rise, expected l_a < u_a and l_m <= u_m"
         yield Contradiction(("head.margin",), text)
+    saves = config.checkpoint.every_steps is not None or config.checkpoint.every_minutes is not None
+    if train.on_divergence == "rollback" and not saves:
+        text = "got rollback without a commit to go back to, expected checkpoint.every_steps or every_minutes with it"
+        yield Contradiction(("train.on_divergence", "checkpoint.every_steps"), text)
     if head.in_backward is True:
         for key, value, bad in [
             ("optim.head_clip_norm", optim.head_clip_norm, optim.head_clip_norm is not None),

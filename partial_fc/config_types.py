@@ -11,6 +11,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(ge=0.01, le=1)]
+AboveOne = Annotated[float, Field(gt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 

@@ -6,7 +6,7 @@ summed over the ranks, so every rank skips a step or none does, and all scales s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class LossScale:
         self._sum_over_ranks = sum_over_ranks
         self._growth_interval = growth_interval
         self._quiet = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a run goes on with: the scale, and the steps since it last changed."""
+        return {"scale": self.scale, "quiet": self._quiet}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on with a saved scale; without one where this run needs none (``enabled=False``)."""
+        if self.enabled and state:
+            self.scale, self._quiet = float(state["scale"]), int(state["quiet"])
 
     def unscale(self, parameters: Iterable[Tensor]) -> bool:
         """Divide the gradients by the scale; collective.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +68,18 @@ class TrainingMetrics:
         self._skipped = self._counter("skipped_steps", "Steps without an update because a value was not finite.")
         self._samples = self._counter("samples", "Samples that this rank has trained on.")
         self._decode_errors = self._counter("decode_errors", "Samples of this rank replaced as unreadable.", "kind")
+        self._commits = self._counter("commits", "Commits of the run's state since this process started.")
+        self._failed_commits = self._counter(
+            "failed_commits", "Commits that could not be written; they are tried again."
+        )
+        self._committed_step = self._gauge("committed_step", "Steps done at the last commit.")
+        self._commit_time = self._gauge("commit_timestamp_seconds", "When the last commit was done (Unix time).")
+        self._commit_seconds = self._gauge("commit_seconds", "Seconds from the last commit's copy until it was there.")
+        self._copy_seconds = self._gauge("commit_copy_seconds", "Seconds that its copy delayed the training.")
+        self._commit_bytes = self._gauge("commit_bytes", "Bytes of this rank in the last commit.")
+        self._resumed_step = self._gauge("resumed_step", "Steps done at the commit that this process went on from.")
+        self._rollbacks = self._counter("rollbacks", "Returns to the last commit after a divergence.")
+        self._stalled = self._gauge("stalled", "1 while this rank makes no progress, else 0.")
         self._phases = Histogram(
             "partial_fc_step_seconds",
             "Seconds of a step by phase.",
@@ -75,7 +87,9 @@ class TrainingMetrics:
             buckets=STEP_BUCKETS,
             registry=self.registry,
         )
-        for gauge in (self._loss, self._target_cosine, self._support_vectors, self._sampled):
+        measured = (self._loss, self._target_cosine, self._support_vectors, self._sampled, self._committed_step)
+        of_commits = (self._commit_time, self._commit_seconds, self._copy_seconds, self._commit_bytes)
+        for gauge in (*measured, *of_commits):
             gauge.set(math.nan)
         for group in LEARNING_RATE_GROUPS:
             self._learning_rate.labels(group).set(math.nan)
@@ -164,6 +178,39 @@ class TrainingMetrics:
     def record_verification(self, set_name: str, accuracy: float) -> None:
         """Set the accuracy (0 to 1) of a verification set. Names are those of the configuration, never free text."""
         self._accuracy.labels(set_name).set(accuracy)
+
+    def record_commit(self, step: int, seconds: float, *, copy_seconds: float, size: int, failed: bool) -> None:
+        """Count a commit.
+
+        Args:
+            step: steps done at it.
+            seconds: from its copy until it was there, or failed.
+            copy_seconds: that it delayed the training.
+            size: bytes of this rank.
+            failed: whether it could not be written.
+        """
+        if failed:
+            self._failed_commits.inc()
+            return
+        self._commits.inc()
+        self._committed_step.set(step)
+        self._commit_time.set_to_current_time()
+        self._commit_seconds.set(seconds)
+        self._copy_seconds.set(copy_seconds)
+        self._commit_bytes.set(size)
+
+    def record_resume(self, step: int) -> None:
+        """Set the step of the commit that this process went on from."""
+        self._resumed_step.set(step)
+        self._committed_step.set(step)
+
+    def record_rollback(self) -> None:
+        """Count a return to the last commit after a divergence."""
+        self._rollbacks.inc()
+
+    def watch_stalls(self, stalled: Callable[[], bool]) -> None:
+        """Ask ``stalled`` at each scrape whether this rank makes no progress."""
+        self._stalled.set_function(lambda: float(stalled()))
 
     def start(self, port: int, address: str = "127.0.0.1") -> str | None:
         """Serve the metrics over HTTP from a thread.

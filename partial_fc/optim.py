@@ -1,4 +1,4 @@
-"""Optimizers for class centres, row by row, and learning-rate schedules.
+"""Optimizers for class centres, row by row.
 
 A row that a step does not touch stays as it is in memory: no momentum, no decay (lazy rows, as in Partial FC,
 arXiv 2010.05222, first version). Where every row is touched, :class:`RowSGD` equals ``torch.optim.SGD`` and
@@ -8,7 +8,7 @@ arXiv 2010.05222, first version). Where every row is touched, :class:`RowSGD` eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -103,6 +103,16 @@ class RowOptimizer(torch.optim.Optimizer):
                     self.state[param]["rounded"] += 1
         return loss
 
+    def init_state(self) -> None:
+        """Make the state that steps would make, where it isn't there: zeros. A checkpoint then is complete."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._init_state_of(param, group)
+                self._count_rounds(param)
+
+    def _init_state_of(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Make the formula's state tensors of a parameter."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``, but what has the parameter's shape gets ``state_dtype``, all else stays."""
         super().load_state_dict(state_dict)
@@ -185,14 +195,22 @@ class RowOptimizer(torch.optim.Optimizer):
             self._packed[key] = host.to(like.device, non_blocking=True)
         return self._packed[key]
 
-    def _noise(self, param: Tensor, rows: slice | Tensor) -> Noise | None:
-        """What stochastic rounding needs, where something is stored in bfloat16."""
+    def _count_rounds(self, param: Tensor) -> Tensor | None:
+        """The parameter's count of steps that round stochastically; None where nothing is stored in bfloat16."""
         if torch.bfloat16 not in (param.dtype, self._state_dtype):
             return None
         state = self.state[param]
         if "rounded" not in state:
             state["rounded"] = torch.zeros((), dtype=torch.int64, device="cpu")
-        key = hash64(_ROUNDING_STREAM, self._seed, int(state["rounded"])) & 0xFFFFFFFF
+        rounded: Tensor = state["rounded"]
+        return rounded
+
+    def _noise(self, param: Tensor, rows: slice | Tensor) -> Noise | None:
+        """What stochastic rounding needs, where something is stored in bfloat16."""
+        rounded = self._count_rounds(param)
+        if rounded is None:
+            return None
+        key = hash64(_ROUNDING_STREAM, self._seed, int(rounded)) & 0xFFFFFFFF
         key = key - (1 << 32) if key >> 31 else key
         signed = torch.tensor([key], dtype=torch.int32, device="cpu", pin_memory=param.is_cuda)
         if isinstance(rows, slice):
@@ -250,6 +268,10 @@ class RowSGD(RowOptimizer):
             kernels=kernels,
             in_backward=in_backward,
         )
+
+    def _init_state_of(self, param: Tensor, group: dict[str, Any]) -> None:
+        if group["momentum"]:
+            self._rows_of(param, "momentum_buffer")
 
     def _update_rows(
         self,
@@ -320,6 +342,12 @@ class RowAdamW(RowOptimizer):
             in_backward=in_backward,
         )
 
+    def _init_state_of(self, param: Tensor, group: dict[str, Any]) -> None:
+        self._rows_of(param, "exp_avg")
+        self._rows_of(param, "exp_avg_sq")
+        if "steps" not in self.state[param]:
+            self.state[param]["steps"] = torch.zeros(len(param), device=param.device)
+
     def _update_rows(
         self,
         kernels: Kernels,
@@ -330,12 +358,12 @@ class RowAdamW(RowOptimizer):
         closed: Tensor | None,
         current: Tensor | None,
     ) -> None:
-        mean, square = self._rows_of(param, "exp_avg"), self._rows_of(param, "exp_avg_sq")
-        if "steps" not in self.state[param]:
-            self.state[param]["steps"] = torch.zeros(len(param), device=param.device)
+        self._init_state_of(param, group)
+        state = self.state[param]
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
         numbers = self._pack(gradient, group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         noise = self._noise(param, rows)
-        placed, ids = _placed(rows, param, mean, square, self.state[param]["steps"])
+        placed, ids = _placed(rows, param, mean, square, state["steps"])
         kernels.adamw_rows(*placed, ids, gradient, current, numbers, closed, noise)
 
 
@@ -374,51 +402,3 @@ def clip_shards(param: Tensor, max_norm: float, sum_over_shards: Callable[[Tenso
     if values is not None:
         values.mul_((max_norm / norm.clamp_min(1e-30)).clamp_max(1))
     return norm
-
-
-class Schedule:
-    """Factor of the learning rate as a function of the optimizer step: a linear warm-up, then a decay.
-
-    ``polynomial``: (1 - x)^power; ``cosine``: (1 + cos(pi x)) / 2, with x the share of the steps after the warm-up that
-    are done; ``step``: gamma^(number of milestones passed); ``constant``: 1.
-
-    Args:
-        kind: one of the four.
-        total_steps: steps of the whole run.
-        warmup_steps: the factor of step i of the warm-up is (i + 1) / warmup_steps.
-        power: of ``polynomial``.
-        milestones: steps at which ``step`` decays.
-        gamma: factor of one such decay.
-
-    Raises:
-        ConfigError: for another kind, or a warm-up that is not shorter than the run.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        total_steps: int,
-        *,
-        warmup_steps: int = 0,
-        power: float = 2.0,
-        milestones: Sequence[int] = (),
-        gamma: float = 0.1,
-    ) -> None:
-        kinds = ("polynomial", "cosine", "step", "constant")
-        require(kind in kinds, "Schedule", "kind", kind, f"one of {', '.join(kinds)}")
-        require(0 <= warmup_steps < total_steps, "Schedule", "warmup_steps", warmup_steps, f"less than {total_steps}")
-        self._kind, self._total, self._warmup = kind, total_steps, warmup_steps
-        self._power, self._milestones, self._gamma = power, tuple(milestones), gamma
-
-    def __call__(self, step: int) -> float:
-        """The factor for a step, counted from 0."""
-        if step < self._warmup:
-            return (step + 1) / self._warmup
-        done = min((step - self._warmup) / (self._total - self._warmup), 1.0)
-        if self._kind == "polynomial":
-            return float((1 - done) ** self._power)
-        if self._kind == "cosine":
-            return (1 + math.cos(math.pi * done)) / 2
-        if self._kind == "step":
-            return float(self._gamma ** sum(step >= milestone for milestone in self._milestones))
-        return 1.0

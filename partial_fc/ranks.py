@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from partial_fc import build
 from partial_fc.build import Place
@@ -38,13 +41,19 @@ def joined_ranks(config: Config) -> Iterator[Place]:
         raise
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place = Place(rank, world_size, local_rank, device)
     if "RANK" not in os.environ:
-        yield place
+        yield Place(rank, world_size, local_rank, device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout_seconds))
-    yield place
+    timeout = timedelta(seconds=config.train.timeout_seconds)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    # Keys of the process group don't meet those of others who use the job's store.
+    groups = PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
+    # An agent's store keeps the keys of earlier attempts of the job.
+    token = from_first(lambda: secrets.token_hex(4))
+    yield Place(rank, world_size, local_rank, device, PrefixStore(f"attempt/{token}", store))
     # A process that ends while others still talk to it can abort in gloo's teardown.
     dist.barrier()
     dist.destroy_process_group()
@@ -71,6 +80,17 @@ def agreed(action: Callable[[], T]) -> T:
         if other is not None:
             raise type(other)(f"{other}" if rank == 0 else f"rank {rank}: {other}") from failure
     return result  # type: ignore[return-value]
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """Do something on rank 0, and give all ranks what came of it (picklable), or its failure. Collective."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    result = agreed(lambda: action() if first else None)
+    if not dist.is_initialized():
+        return result  # type: ignore[return-value]
+    told = [result]
+    dist.broadcast_object_list(told)
+    return told[0]  # type: ignore[return-value]
 
 
 def _told(error: Exception) -> PartialFCError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from partial_fc.evaluate import VerificationResult
+from partial_fc.journal import read_journal
 
 _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d95f02", "#777777"
 
@@ -23,16 +23,15 @@ def write_report(run: Path, results: Mapping[str, VerificationResult]) -> Path:
     Returns:
         The path of ``report.md``.
     """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
-    drawn = _draw(run / "report.png", trained, results)
+    lines = read_journal(run / "metrics.jsonl")
+    drawn = _draw(run / "report.png", [line for line in lines if line["kind"] == "train"], results)
     page = run / "report.md"
-    page.write_text("\n".join(_page(run, trained, results, drawn)) + "\n", encoding="utf-8")
+    page.write_text("\n".join(_page(run, lines, results, drawn)) + "\n", encoding="utf-8")
     return page
 
 
 def _page(
-    run: Path, trained: list[dict[str, Any]], results: Mapping[str, VerificationResult], drawn: bool
+    run: Path, journal: list[dict[str, Any]], results: Mapping[str, VerificationResult], drawn: bool
 ) -> list[str]:
     rates = sorted({rate for result in results.values() for rate in result.tar_at_far}, reverse=True)
     lines = [f"# {run.name}", "", "| set | accuracy | AUC |" + "".join(f" TAR @ FAR {rate:g} |" for rate in rates)]
@@ -41,17 +40,31 @@ def _page(
         tars = [result.tar_at_far.get(rate, math.nan) for rate in rates]
         cells = "".join(" too few pairs |" if math.isnan(tar) else f" {tar:.4f} |" for tar in tars)
         lines.append(f"| {name} | {result.accuracy:.4f} ± {result.accuracy_std:.4f} | {result.auc:.4f} |{cells}")
+    trained = [line for line in journal if line["kind"] == "train"]
     if trained:
         last = trained[-1]
         speed = sorted(line["samples_per_second"] for line in trained)[len(trained) // 2]
-        lines += ["", f"{last['step']} steps, {last['samples']} samples, {last['seconds']:.0f} s; median {speed:.0f} "]
-        lines[-1] += "samples/s."
+        lines += ["", f"{last['step']} steps, {last['samples']} samples, {_seconds(journal):.0f} s; "]
+        lines[-1] += f"median {speed:.0f} samples/s."
+        if resumed := sum(line["kind"] == "resumed" for line in journal):
+            lines[-1] += f" Starts: {1 + resumed} (steps taken again count once)."
         lines += ["", "| phase | ms a step (last logged) |", "| --- | --- |"]
         lines += [f"| {name} | {1000 * value:.0f} |" for name, value in last["phase_seconds"].items()]
     if drawn:
         lines += ["", "![Loss, target cosine, support vectors and ROC](report.png)"]
     lines += ["", "Configuration: [config.yaml](config.yaml). All figures: [metrics.jsonl](metrics.jsonl)."]
     return lines
+
+
+def _seconds(journal: list[dict[str, Any]]) -> float:
+    """Seconds until the last training line of each start, summed: every start counts from 0."""
+    total = of_start = 0.0
+    for line in journal:
+        if line["kind"] == "resumed":
+            total, of_start = total + of_start, 0.0
+        elif line["kind"] == "train":
+            of_start = line["seconds"]
+    return total + of_start
 
 
 def _draw(path: Path, trained: list[dict[str, Any]], results: Mapping[str, VerificationResult]) -> bool:

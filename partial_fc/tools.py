@@ -12,6 +12,7 @@ from typing import Literal
 from partial_fc import build
 from partial_fc.config import Config, data_config
 from partial_fc.data import Sources
+from partial_fc.data.class_map import read_class_map
 from partial_fc.data.contact_sheet import contact_sheet
 from partial_fc.data.findings import render
 from partial_fc.data.prepare import PrepareReport, prepare
@@ -34,13 +35,17 @@ def run_prepare(
     workers: int | None,
     shard_size: int,
     shuffle_seed: int | None,
+    class_map: Path | None = None,
 ) -> None:
     """Write a data set anew, and say what was written; arguments as of :func:`partial_fc.data.prepare.prepare`.
+
+    ``class_map`` is a file, ``old,new`` a line, as ``partial-fc head remap`` and ``head merge`` write it.
 
     Raises:
         ConfigError, DataError: the set can't be read, or not be written so.
     """
-    destination = _path(destination, "the folder of the new data set")
+    destination = given_path(destination, "the folder of the new data set")
+    new_ids = None if class_map is None else read_class_map(class_map.expanduser())
     config, sources = _open(source, overrides)
     if any(part.weight != 1 for part in (config.data, *config.data.more)):
         print("data.weight doesn't matter here: every sample is written once")
@@ -54,6 +59,7 @@ def run_prepare(
             workers=workers,
             shard_size=shard_size,
             shuffle_seed=shuffle_seed,
+            class_map=new_ids,
             max_image_pixels=config.data.max_image_pixels,
             progress=progress,
         )
@@ -135,12 +141,12 @@ def run_show(
 
 
 def _open(path: Path, overrides: Sequence[str]) -> tuple[Config, Sources]:
-    config = data_config(_path(path, "a data set"), overrides)
+    config = data_config(given_path(path, "a data set"), overrides)
     with progress_bar("finding the images") as progress:
         return config, build.build_sources(config, progress)
 
 
-def _path(path: Path, wanted: str) -> Path:
+def given_path(path: Path, wanted: str) -> Path:
     """A path of the command line; what looks like an override, and isn't there, means that an argument was forgotten.
 
     Raises:

@@ -1,108 +1,45 @@
-"""The training loop: data, backbone, head, optimizers; metrics and evaluation beside it."""
+"""The training loop: steps, and beside them the log, metrics, evaluation, commits, and what may go wrong."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import logging
+import shutil
+import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import build
 from partial_fc.build import Place
-from partial_fc.checkpoint import load_backbone, save_model
+from partial_fc.checkpoint import TrainingState, save_model
 from partial_fc.config import Config
-from partial_fc.data import Batch, Sources, decode_images
-from partial_fc.errors import ConfigError, DataError, LabelError, NonFiniteError
-from partial_fc.evaluate import VerificationResult, evaluate_pairs
+from partial_fc.council import Council
+from partial_fc.data import Sources
+from partial_fc.divergence import DivergenceWatch
+from partial_fc.errors import ConfigError, LabelError, NonFiniteError
+from partial_fc.evaluate import VerificationResult
 from partial_fc.head import HeadStats
 from partial_fc.journal import Journal
-from partial_fc.loss_scale import LossScale
+from partial_fc.keeper import DIVERGED, SAVE, STOP, Keeper, Kept
 from partial_fc.metrics import PHASES, TrainingMetrics
-from partial_fc.optim import clip_shards
-from partial_fc.permutation import hash64
+from partial_fc.phases import PhaseTimer
+from partial_fc.preemption import Preemption
 from partial_fc.progress import progress_bar
-from partial_fc.ranks import agreed, agreed_while
+from partial_fc.ranks import agreed, agreed_while, from_first
+from partial_fc.run_folder import Start, Status, differences, open_run_folder
+from partial_fc.training_step import Outcome, TrainingStep
+from partial_fc.verify import describe, evaluate_sets, verification_sets
+from partial_fc.watchdog import Watchdog
 
-
-def make_run_folder(config: Config, place: Place) -> Path:
-    """A new folder ``run_dir/name`` (``name-2``, ... where runs of that name are there) with ``config.yaml`` in it."""
-    name = config.train.name
-    assert name is not None
-    chosen: list[Path | None] = [None]
-
-    def make() -> None:
-        if place.rank:
-            return
-        number = 1
-        while chosen[0] is None:
-            folder = Path(config.train.run_dir) / (f"{name}-{number}" if number > 1 else name)
-            number += 1
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                chosen[0] = folder
-                config.dump(folder / "config.yaml")
-
-    agreed(make)
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    assert chosen[0] is not None
-    return chosen[0]
-
-
-class PhaseTimer:
-    """Seconds by phase of a step: by the clock on a CPU, by events on a GPU (which are read at the next log)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[list[tuple[str, Any, Any]]] = []
-        self._events: list[tuple[str, Any, Any]] = []
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time of the block for a phase."""
-        begin = time.perf_counter()
-        if self._cuda and name != "data":
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-            yield
-            last.record()
-            self._events.append((name, first, last))
-        else:
-            yield
-            self._seconds[name] += time.perf_counter() - begin
-
-    def end_step(self) -> None:
-        """Close the step: what follows belongs to the next one."""
-        self._open.append([*self._events, *((name, None, value) for name, value in self._seconds.items())])
-        self._events, self._seconds = [], defaultdict(float)
-
-    def read(self) -> list[dict[str, float]]:
-        """Seconds by phase of each step since the last call. On a GPU, call it after something that synchronises."""
-        steps, self._open = self._open, []
-        read = []
-        for events in steps:
-            seconds: defaultdict[str, float] = defaultdict(float)
-            for name, first, last in events:
-                if first is not None:
-                    last.synchronize()
-                seconds[name] += last if first is None else first.elapsed_time(last) / 1000
-            read.append(dict(seconds))
-        return read
+# Errors that a start of the same command meets again.
+_LASTING = (ConfigError, LabelError, NonFiniteError)
 
 
 class Trainer:
-    """One run on this rank.
+    """One run on this rank, from its beginning or from its last commit.
 
     Args:
         config: the configuration.
@@ -118,46 +55,105 @@ class Trainer:
         sources = open_sources(config, place)
         num_classes = sources.num_classes
         order = agreed(lambda: build.build_order(config, sources))
-        self.steps = agreed(lambda: build.total_steps(config, order.length))
+        agreed(lambda: build.total_steps(config, order.length))
         self.sets = agreed(lambda: verification_sets(config))
         self.stream = agreed(lambda: build.build_stream(config, sources, order, place))
         self.backbone = agreed(lambda: build.build_backbone(config, place))
         self.head = agreed(lambda: build.build_head(config, num_classes, place, self.precision))
         self.optimizers = build.build_optimizers(config, self.backbone, self.head)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.start = open_run_folder(config, place)
+        self.folder = self.start.folder
+        self.steps = _steps(config, order.length, self.start)
         self.schedule = build.build_schedule(config, self.steps)
-        self.scale = LossScale(self.head.group.sum_over_shards, enabled=self.precision == torch.float16)
-        self._replica: nn.Module = self.backbone
-        if place.world_size > 1:
-            devices = [place.device] if place.device.type == "cuda" else None
-            # BatchNorm statistics are each rank's own; rank 0's are evaluated and saved. torch 2.13 renames the option.
-            known = inspect.signature(DistributedDataParallel).parameters
-            own_buffers: dict[str, Any] = {
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-            }
-            self._replica = DistributedDataParallel(
-                self.backbone, device_ids=devices, gradient_as_bucket_view=True, **own_buffers
-            )
-        self.folder = make_run_folder(config, place)
-        self.timer = PhaseTimer(place.device)
+        # Where all ranks stand in collectives, the process group's timeout comes first.
+        stall = config.train.stall_seconds or config.train.timeout_seconds / 2
+        limit = max(2 * config.train.timeout_seconds, stall)
+        self.watchdog = Watchdog(
+            place.store,
+            place.rank,
+            place.world_size,
+            stall_seconds=stall,
+            limit_seconds=limit,
+            folder=self.folder,
+        )
+        self.timer = PhaseTimer(place.device, entered=lambda name: self.watchdog.beat(name, self.kept.progress.step))
+        self.training_step = TrainingStep(
+            config, place, self.stream, self.backbone, self.head, self.optimizers, self.precision, self.timer
+        )
+        watch = DivergenceWatch(
+            config.train.divergence_factor,
+            window=config.train.divergence_window,
+            nonfinite_limit=config.train.nonfinite_limit,
+        )
+        self.kept = Kept(self.training_step.scale, watch)
+        self.council = Council((SAVE, STOP, DIVERGED), timeout=timedelta(seconds=config.train.timeout_seconds))
         self.num_samples, self.num_classes, self._order_length = len(sources), num_classes, order.length
-        self.skipped = 0
-        self._data_failure: DataError | None = None
 
-    def fit(self) -> dict[str, VerificationResult]:
-        """Train to the last step, evaluate, save the model, and return the last evaluation by set."""
-        config, place = self.config, self.place
+    def fit(self) -> dict[str, VerificationResult] | None:
+        """Train to the last step, evaluate, save the model.
+
+        Returns:
+            The last evaluation by set; None where a signal ended the run, which is saved then.
+        """
+        config, place, progress = self.config, self.place, self.kept.progress
         metrics = TrainingMetrics(place.rank, place.world_size, place.local_rank)
-        journal = Journal(self.folder, self.steps, active=place.rank == 0)
-        with journal, metrics, self.stream:
+        first = 0 if self.start.commit is None else self.start.commit.step
+        journal = Journal(self.folder, self.steps, active=place.rank == 0, first_step=first)
+        status = Status(self.folder, self.steps, config.train.resume, active=place.rank == 0)
+        state = TrainingState(self.backbone, self.head, *self.optimizers)
+        metrics.watch_stalls(lambda: self.watchdog.stalled)
+        preemption = Preemption(local_rank=place.local_rank, rank=place.rank)
+        with journal, metrics, self.stream, preemption, self.watchdog:
             if config.metrics.enabled:
                 agreed(lambda: metrics.start(config.metrics.port, config.metrics.address))
             self._announce(journal, metrics)
-            self._loop(journal, metrics)
-            results = self._evaluate(self.steps, journal, metrics)
-            save_model(self.folder / "model", self.backbone, self.head)
-            journal.say(f"saved the model in {self.folder / 'model'}")
+            keeper = Keeper(
+                config, place, self.start, state, self.kept, self.head, self.council, journal, metrics, status
+            )
+            try:
+                keeper.resume(num_images=self.num_samples)
+                self.stream.seek(progress.samples)
+                status.write("running", progress.step, world_size=place.world_size)
+                loop = _Loop(self, journal, metrics, keeper, preemption)
+                ended = loop.run()
+                self.council.drain()
+                with self.watchdog.paused():
+                    if not ended:
+                        keeper.commit()
+                        keeper.close()
+                        status.write("resume", progress.step)
+                        journal.say(
+                            f"{preemption.requested or 'a signal to another rank'} ended the run after step "
+                            f"{progress.step}: start the same command again to go on"
+                        )
+                        return None
+                results = loop.evaluate()
+                with self.watchdog.paused():
+                    keeper.commit()
+                    keeper.close()
+                    self._save_model(journal)
+                status.write("finished", progress.step)
+            except _LASTING as error:
+                status.write("failed", progress.step, reason=str(error))
+                raise
         return results
+
+    def _save_model(self, journal: Journal) -> None:
+        folder = self.folder / "model"
+        # What a run of another world size left there, when it was killed at its very end.
+        from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        save_model(folder, self.backbone, self.head)
+        journal.say(f"saved the model in {folder}")
+
+    def set_learning_rates(self) -> dict[str, float]:
+        """Set the rates of the step to come; those of backbone and head."""
+        factor = self.schedule(self.kept.progress.step) * self.kept.progress.rate_factor
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        backbone, head = (optimizer.param_groups[0]["lr"] for optimizer in self.optimizers)
+        return {"backbone": backbone, "head": head}
 
     def _announce(self, journal: Journal, metrics: TrainingMetrics) -> None:
         config, place = self.config, self.place
@@ -178,188 +174,161 @@ class Trainer:
             f"training      {self.steps} steps of {config.train.batch_size} "
             f"on {place.world_size} x {place.device.type}, {str(self.precision).removeprefix('torch.')}"
         )
+        commit = self.start.commit
+        if commit is not None:
+            journal.say(f"goes on       from step {commit.step}, {commit.folder}")
+            for line in differences(commit.info["config"], config.model_dump(mode="json")):
+                journal.say(f"              {line}")
 
-    def _loop(self, journal: Journal, metrics: TrainingMetrics) -> None:
-        config = self.config
-        every = config.evaluate.every_steps
-        on_cpu = self.place.device.type == "cpu"
-        counted = 0
-        logged, logged_at = 0, time.perf_counter()
-        seconds: list[dict[str, float]] = []
-        for step in range(self.steps):
-            rates = self._set_learning_rates(step)
-            loss = self._step(step)
-            due = (step + 1) % config.train.log_every == 0 or step + 1 == self.steps
-            evaluates = every is not None and (step + 1) % every == 0 and step + 1 < self.steps
-            journal.advance(step + 1)
-            if not (on_cpu or due or evaluates):
-                continue
-            # Reading the loss is where a GPU synchronises, so it happens at the log's steps only.
-            figures = _figures(loss, self.head.stats)
-            phases = self.timer.read()
-            seconds += phases
-            for name, value in (item for phase in phases for item in phase.items()):
-                metrics.observe_phase(name, value)
-            metrics.record_step(
-                self._local_samples * (step + 1 - counted),
-                steps=step + 1 - counted,
-                skipped=self._newly_skipped(),
-                learning_rates=rates,
-                **figures,
-            )
-            counted = step + 1
-            metrics.record_decode_errors(self.stream.decode_errors)
-            if due:
-                now = time.perf_counter()
-                speed = (step + 1 - logged) * config.train.batch_size / (now - logged_at)
-                logged, logged_at = step + 1, now
-                self._log(journal, step + 1, figures, rates, speed, seconds)
-                seconds = []
+
+class _Loop:
+    """The steps of a run, with what comes between them."""
+
+    def __init__(
+        self, trainer: Trainer, journal: Journal, metrics: TrainingMetrics, keeper: Keeper, preemption: Preemption
+    ) -> None:
+        self._trainer, self._journal, self._metrics = trainer, journal, metrics
+        self._keeper, self._preemption = keeper, preemption
+        self._config, self._progress = trainer.config, trainer.kept.progress
+        # Steps whose outcome nobody has read from the device yet.
+        self._unread: list[tuple[int, Outcome]] = []
+        self._figures: dict[str, Any] = {}
+        self._seconds: list[dict[str, float]] = []
+        self._logged, self._logged_at = self._progress.step, time.perf_counter()
+        self._diverged: str | None = None
+
+    def run(self) -> bool:
+        """Train to the last step, or until a signal; whether it was the last step."""
+        trainer, progress, every = self._trainer, self._progress, self._config.evaluate.every_steps
+        council = trainer.council
+        while progress.step < trainer.steps:
+            rates = trainer.set_learning_rates()
+            outcome = trainer.training_step.run(progress.step)
+            self._unread.append((progress.step, outcome))
+            progress.step += 1
+            progress.samples, progress.accuracy = trainer.stream.position, None
+            self._journal.advance(progress.step)
+            last = progress.step == trainer.steps
+            logs = progress.step % self._config.train.log_every == 0 or last
+            evaluates = every is not None and progress.step % every == 0 and not last
+            # Reading is where a GPU synchronises, so it happens at such steps only.
+            if trainer.place.device.type == "cpu" or logs or evaluates or self._keeper.due:
+                self._read(rates)
+            if logs:
+                self._log(rates)
             if evaluates:
-                self._evaluate(step + 1, journal, metrics)
-                logged_at = time.perf_counter()
-
-    @property
-    def _local_samples(self) -> int:
-        rows, micro = self.config.train.batch_size, self.config.train.accumulate
-        rank, world_size = self.place.rank, self.place.world_size
-        per_micro = rows // micro
-        return micro * ((rank + 1) * per_micro // world_size - rank * per_micro // world_size)
-
-    def _newly_skipped(self) -> int:
-        skipped, self.skipped = self.skipped, 0
-        return skipped
-
-    def _set_learning_rates(self, step: int) -> dict[str, float]:
-        factor = self.schedule(step)
-        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-        backbone, head = (optimizer.param_groups[0]["lr"] for optimizer in self.optimizers)
-        return {"backbone": backbone, "head": head}
-
-    def _step(self, step: int) -> torch.Tensor | None:
-        """One optimizer step; the mean loss (on the device), or None where the step was skipped."""
-        accumulate = self.config.train.accumulate
-        losses = []
-        try:
-            for micro in range(accumulate):
-                losses.append(self._micro_step(step, last=micro + 1 == accumulate))
-            self.head.check()
-            updated = self._update()
-        except LabelError:
-            # Raised on every rank, so all are here; where a rank's data failed, that was the reason.
-            agreed(self._raise_data_failure)
-            raise
-        except NonFiniteError as error:
-            if self.config.train.nonfinite == "stop":
-                raise
-            logging.getLogger(__name__).warning("step %d is skipped: %s", step, error)
-            updated = False
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        following = (step + 1) * self.config.train.batch_size
-        if self.stream.position != following:
-            self.stream.seek(following)
-        self.timer.end_step()
-        if not updated:
-            self.skipped += 1
-        return torch.stack(losses).mean() if updated else None
-
-    def _micro_step(self, step: int, *, last: bool) -> torch.Tensor:
-        """Forward and backward of a micro batch; its loss, detached."""
-        phase = self.timer.phase
-        self.head.position.fill_(self.stream.position)
-        self.head.step.fill_(step)
-        if self.config.backbone.dropout > 0:
-            torch.manual_seed(hash64(self.config.train.seed, self.stream.position, self.place.rank) >> 1)
-        with phase("data"):
-            batch = self._next_batch()
-            images = batch.images.to(memory_format=torch.channels_last)
-        with phase("head"):
-            self.head.prepare(batch.labels)
-        silent = isinstance(self._replica, DistributedDataParallel) and not last
-        with self._replica.no_sync() if silent else contextlib.nullcontext():  # type: ignore[operator]
-            with phase("backbone"), self._autocast():
-                embeddings = self._replica(images)
-            with phase("head"):
-                # The head's graph is cut off, so that its time is told from the backbone's.
-                leaf = embeddings.detach().requires_grad_()
-                loss: torch.Tensor = self.head(leaf, batch.labels)
-                factor = self.scale.scale / self.config.train.accumulate
-                (loss * factor if factor != 1 else loss).backward()
-            with phase("backbone"):
-                embeddings.backward(leaf.grad)
-        return loss.detach()
-
-    def _next_batch(self) -> Batch:
-        """The next batch; where the data fails, one without a valid label, at which the head stops every rank."""
-        if self._data_failure is None:
-            try:
-                return self.stream.next_batch()
-            except DataError as error:
-                self._data_failure = error
-            except (OSError, MemoryError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                self._data_failure = DataError(f"the next batch can't be read ({reason}): look at this machine")
-        side, rows = self.config.data.image_size, self._local_samples // self.config.train.accumulate
-        images = torch.zeros(rows, 3, side, side, device=self.place.device)
-        nothing = torch.full((rows,), -1)
-        return Batch(images, nothing, nothing, nothing)
-
-    def _raise_data_failure(self) -> None:
-        if self._data_failure is not None:
-            raise self._data_failure
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.place.device.type, self.precision)
-
-    def _update(self) -> bool:
-        """Clip and apply the gradients; False where fp16 overflowed (on any rank) and nothing was applied."""
-        section = self.config.optim
-        with self.timer.phase("optimizer"):
-            if not self.scale.unscale([*self.backbone.parameters(), self.head.weight]):
-                return False
-            if section.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), section.clip_norm)
-            if section.head_clip_norm is not None:
-                clip_shards(self.head.weight, section.head_clip_norm, self.head.group.sum_over_shards)
-            for optimizer in self.optimizers:
-                optimizer.step()
+                self.evaluate()
+            if self._preemption.requested is not None:
+                council.ask(STOP)
+            asked = council.exchange()
+            if DIVERGED in asked:
+                self._go_back()
+                continue
+            if SAVE in asked:
+                self._keeper.owe()
+            if not last:
+                self._keeper.after_step()
+                if STOP in asked:
+                    return False
         return True
 
-    def _log(
-        self,
-        journal: Journal,
-        step: int,
-        figures: dict[str, float | None],
-        rates: dict[str, float],
-        speed: float,
-        seconds: list[dict[str, float]],
-    ) -> None:
-        count = max(len(seconds), 1)
-        means = {name: sum(of_step.get(name, 0.0) for of_step in seconds) / count for name in PHASES}
-        journal.record(
+    def evaluate(self) -> dict[str, VerificationResult]:
+        """Verification of the state as it is."""
+        trainer, step = self._trainer, self._progress.step
+        beat = trainer.watchdog.beat
+        beat("evaluation", step)
+        results = evaluate_sets(
+            self._config, trainer.backbone, trainer.sets, trainer.place, trainer.precision, lambda: beat("evaluation")
+        )
+        for name, result in results.items():
+            self._metrics.record_verification(name, result.accuracy)
+            self._journal.record("evaluation", step, set=name, **result.summary())
+            self._journal.say(f"step {step}/{trainer.steps}  {describe(name, result)}")
+        if results:
+            self._progress.accuracy = statistics.fmean(result.accuracy for result in results.values())
+        self._logged_at = time.perf_counter()
+        return results
+
+    def _read(self, rates: dict[str, float]) -> None:
+        """Read what the steps since the last call came to, count it, and look whether the run goes astray."""
+        unread, self._unread = self._unread, []
+        trainer = self._trainer
+        losses, applied = _on_host(unread)
+        skipped = 0
+        for (step, outcome), loss, done in zip(unread, losses, applied, strict=True):
+            overflowed = outcome.overflowed and trainer.kept.scale.scale > 1
+            skipped += not done
+            if not done and not outcome.overflowed:
+                self._tell_skipped(step, outcome)
+            # An overflow in fp16 is met by a lower scale, and is no sign of a divergence until that can't fall.
+            reason = trainer.kept.watch.see(loss if done or overflowed else None)
+            if reason is not None:
+                self._diverged = self._diverged or f"step {step + 1}: {reason}"
+                trainer.council.ask(DIVERGED)
+        done = bool(applied[-1])
+        self._figures = _figures(losses[-1] if done else None, trainer.head.stats)
+        phases = trainer.timer.read()
+        self._seconds += phases
+        for name, value in (item for phase in phases for item in phase.items()):
+            self._metrics.observe_phase(name, value)
+        self._metrics.record_step(
+            trainer.training_step.local_samples * len(unread),
+            steps=len(unread),
+            skipped=skipped,
+            learning_rates=rates,
+            **self._figures,
+        )
+        self._metrics.record_decode_errors(trainer.stream.decode_errors)
+
+    def _tell_skipped(self, step: int, outcome: Outcome) -> None:
+        """Name the samples of a step without an update, those of all ranks; all are here."""
+        reason = outcome.reason or "the gradient of the backbone isn't finite"
+        if self._config.train.nonfinite == "stop":
+            raise NonFiniteError(f"step {step + 1}: {reason}")
+        ids = [outcome.sample_ids.tolist()] * self._trainer.place.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(ids, ids[0])
+        samples = [sample for of_rank in ids for sample in of_rank]
+        self._journal.record("skipped", step + 1, reason=reason, sample_ids=samples)
+        self._journal.warn(
+            f"step {step + 1} is skipped: {reason} (metrics.jsonl names the {len(samples)} samples: {_few(samples)})"
+        )
+
+    def _go_back(self) -> None:
+        """After a divergence: to the last commit, or an end."""
+        reason = self._diverged or f"step {self._progress.step}: another rank's loss"
+        if self._config.train.on_divergence == "stop":
+            raise NonFiniteError(
+                f"the run diverged ({reason}): lower optim.learning_rate, or set train.on_divergence=rollback; its "
+                f"last commit is in {self._trainer.start.commits}"
+            )
+        self._journal.warn(f"the run diverged ({reason})")
+        with self._trainer.watchdog.paused():
+            self._keeper.roll_back()
+        self._trainer.stream.seek(self._progress.samples)
+        self._unread, self._diverged = [], None
+        self._logged, self._logged_at = self._progress.step, time.perf_counter()
+
+    def _log(self, rates: dict[str, float]) -> None:
+        step, batch_size = self._progress.step, self._config.train.batch_size
+        now = time.perf_counter()
+        speed = (step - self._logged) * batch_size / (now - self._logged_at)
+        self._logged, self._logged_at = step, now
+        count = max(len(self._seconds), 1)
+        means = {name: sum(of_step.get(name, 0.0) for of_step in self._seconds) / count for name in PHASES}
+        self._seconds = []
+        figures = self._figures
+        self._journal.record(
             "train",
             step,
-            samples=step * self.config.train.batch_size,
+            samples=self._progress.samples,
             samples_per_second=speed,
             learning_rate=rates,
             phase_seconds=means,
             **figures,
         )
         shown = {"loss": figures["loss"], "cos": figures["target_cosine"], "sv": figures["support_vectors_per_sample"]}
-        journal.show(step, {**shown, "lr": rates["backbone"], "img/s": speed})
-
-    def _evaluate(self, step: int, journal: Journal, metrics: TrainingMetrics) -> dict[str, VerificationResult]:
-        results = evaluate_sets(self.config, self.backbone, self.sets, self.place, self.precision)
-        for name, result in results.items():
-            metrics.record_verification(name, result.accuracy)
-            journal.record("evaluation", step, set=name, **result.summary())
-            journal.say(f"step {step}/{self.steps}  {describe(name, result)}")
-        return results
+        self._journal.show(step, {**shown, "lr": rates["backbone"], "img/s": speed})
 
 
 def open_sources(config: Config, place: Place) -> Sources:
@@ -377,75 +346,41 @@ def open_sources(config: Config, place: Place) -> Sources:
     return sources
 
 
-def verification_sets(config: Config) -> dict[str, Path]:
-    """The configured verification files by name; relative ones start at the data's folder.
-
-    Raises:
-        ConfigError: one isn't there, or two have the same name.
-    """
-    place = Path(config.data.path).expanduser()
-    base = place if place.is_dir() else place.parent
-    sets: dict[str, Path] = {}
-    for given in config.evaluate.sets:
-        path = base / given
-        if not path.is_file():
-            raise ConfigError(f"evaluate.sets names {given!r}, but {path} is no file: correct the name, or data.path")
-        if path.stem in sets:
-            raise ConfigError(f"evaluate.sets names two files {path.stem!r}: expected each name once")
-        sets[path.stem] = path
-    return sets
+def _steps(config: Config, samples_a_pass: int, start: Start) -> int:
+    """Steps of the whole run; where it goes on with another batch size, passes count by samples."""
+    total = build.total_steps(config, samples_a_pass)
+    if start.commit is None or config.train.epochs is None:
+        return total
+    step, samples, batch_size = start.commit.step, start.commit.info["samples"], config.train.batch_size
+    if samples == step * batch_size:
+        return total
+    return step + max(0, round((config.train.epochs * samples_a_pass - samples) / batch_size))
 
 
-def evaluate_saved(config: Config, run: Path, place: Place) -> dict[str, VerificationResult]:
-    """Verification of a run's saved model on ``evaluate.sets``, by set. Collective.
-
-    Raises:
-        ConfigError: no set is configured.
-        CheckpointError: the run holds no model, or another one than its configuration says.
-    """
-    precision = agreed(lambda: build.choose_precision(config, place.device))
-    sets = agreed(lambda: verification_sets(config))
-    if not sets:
-        raise ConfigError("evaluate.sets is empty, expected verification files: add evaluate.sets='[lfw.bin]'")
-    backbone = agreed(lambda: build.build_backbone(config, place))
-    agreed(lambda: load_backbone(run / "model", backbone))
-    return evaluate_sets(config, backbone, sets, place, precision)
-
-
-def evaluate_sets(
-    config: Config, backbone: nn.Module, sets: dict[str, Path], place: Place, precision: torch.dtype
-) -> dict[str, VerificationResult]:
-    """Verification on all ranks, by set. Collective."""
-    decode = functools.partial(decode_images, image_size=config.data.image_size, threads=config.data.threads)
-    return {
-        name: evaluate_pairs(
-            backbone,
-            path,
-            decode=decode,
-            batch_size=config.evaluate.batch_size,
-            device=place.device,
-            flip=config.evaluate.flip,
-            autocast_dtype=None if precision == torch.float32 else precision,
-        )
-        for name, path in sets.items()
-    }
-
-
-def describe(name: str, result: VerificationResult) -> str:
-    """A verification in a line."""
-    rates = "  ".join(
-        f"TAR@{far:g} {'too few pairs' if tar != tar else f'{tar:.4f}'}" for far, tar in result.tar_at_far.items()
+def _on_host(steps: Sequence[tuple[int, Outcome]]) -> tuple[list[float | None], list[bool]]:
+    """(loss or None, whether the step was applied) of each, in two transfers."""
+    losses = [outcome.loss for _, outcome in steps if outcome.loss is not None]
+    flags = [outcome.applied for _, outcome in steps if outcome.applied is not None]
+    values = iter(torch.stack(losses).tolist() if losses else [])
+    done = iter(torch.stack(flags).tolist() if flags else [])
+    return (
+        [None if outcome.loss is None else next(values) for _, outcome in steps],
+        [outcome.applied is not None and next(done) for _, outcome in steps],
     )
-    return f"{name}: accuracy {result.accuracy:.4f} +- {result.accuracy_std:.4f}  AUC {result.auc:.4f}  {rates}"
 
 
-def _figures(loss: torch.Tensor | None, stats: HeadStats | None) -> dict[str, Any]:
+def _few(samples: Sequence[int], count: int = 8) -> str:
+    text = ", ".join(map(str, samples[:count]))
+    return f"{text}, ..." if len(samples) > count else text
+
+
+def _figures(loss: float | None, stats: HeadStats | None) -> dict[str, Any]:
     """The step's numbers; None where it was skipped."""
     if loss is None or stats is None:
         names = ("loss", "target_cosine", "support_vectors_per_sample", "sampled_classes")
         return dict.fromkeys(names)
     return {
-        "loss": float(loss),
+        "loss": loss,
         "target_cosine": float(stats.target_cosine),
         "support_vectors_per_sample": None if stats.support_vectors is None else float(stats.support_vectors),
         "sampled_classes": stats.sampled_classes,

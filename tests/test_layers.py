@@ -19,6 +19,7 @@ machine
 config_reader
 config_types
 config_data
+config_train
 config
 permutation
 sharding
@@ -45,7 +46,9 @@ chunks
 footprint
 candidates
 optim
+schedule
 loss_scale
+divergence
 
 step
 labels
@@ -81,6 +84,7 @@ data.dali
 data.writers
 data.destination
 data.convert
+data.class_map
 data.prepare
 data.findings
 data.validate
@@ -88,6 +92,13 @@ data.contact_sheet
 data.faces
 data.synthetic
 data
+checkpoint.durable
+checkpoint.commits
+checkpoint.tensors
+checkpoint.state
+checkpoint.saver
+checkpoint.surgery
+checkpoint.foreign
 checkpoint
 journal
 metrics
@@ -97,21 +108,43 @@ evaluate.runner
 evaluate
 export
 gallery
+imprint
 
 build
 
 progress
+preemption
+council
+signs
+watchdog
 ranks
+run_folder
 report
+phases
+training_step
+verify
+keeper
 train
 plan
 plan_report
 tools
+head_tools
+doctor.findings
+doctor.interfaces
+doctor.machine
+doctor.links
+doctor.storage
+doctor.compare
+doctor.report
+doctor.board
+doctor
 bench
 demo
 
 serve
 
+cli_errors
+cli_head
 cli
 __main__
 """.split()
@@ -120,8 +153,24 @@ __main__
 SIBLINGS = {"checkpoint", "journal", "metrics", "evaluate", "export", "gallery"}
 
 # Below `build` modules take plain arguments. plan, bench and train stand above it.
-READ_THE_CONFIGURATION = {"build", "ranks", "train", "plan", "plan_report", "tools", "bench", "demo", "cli"}
-CONFIGURATION = {"config", "config_data", "config_reader", "config_types"}
+READ_THE_CONFIGURATION = {
+    "build",
+    "ranks",
+    "run_folder",
+    "training_step",
+    "verify",
+    "keeper",
+    "train",
+    "plan",
+    "plan_report",
+    "tools",
+    "head_tools",
+    "doctor",
+    "bench",
+    "demo",
+    "cli",
+}
+CONFIGURATION = {"config", "config_data", "config_reader", "config_train", "config_types"}
 
 # Kernels take numbers and tensors, never objects of the loss.
 OBJECTS_OF_THE_LOSS = {"margins", "norm_margins", "emphasis", "mining"}
@@ -148,6 +197,7 @@ DEFINING_CALLS = {
     "frombuffer",
     "dtype",
     "sqrt",
+    "timedelta",
     "getattr",  # one of two names, by the version of a library
     "hasattr",
     "getLogger",
@@ -237,6 +287,8 @@ def _work(body: list[ast.stmt], main: bool = False) -> Iterator[tuple[ast.stmt, 
             yield from _work(node.body)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
+        elif isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("app.add_typer("):
+            continue  # a command's commands
         elif isinstance(node, ast.If) and _is_guard(node.test, "TYPE_CHECKING", "sys.version_info", "sys.platform"):
             yield from _work([*node.body, *node.orelse])
         elif isinstance(node, ast.If) and main and _is_guard(node.test, "__name__"):

@@ -28,6 +28,7 @@ import PIL
 
 from partial_fc.checks import require
 from partial_fc.data.archives import Archive
+from partial_fc.data.class_map import REMOVED, count_classes, first_of_each
 from partial_fc.data.convert import Converter, Ready, Skipped
 from partial_fc.data.decode import MAX_PIXELS
 from partial_fc.data.destination import STATE_FILE, Destination, LostFiles, State, written_to
@@ -59,10 +60,11 @@ class PrepareReport:
         samples: N of the source.
         written: samples of the new set.
         reencoded: those of them that were decoded and encoded; the others were copied.
-        skipped: samples that were left out, by kind of fault, as ``faults.FAULT_KINDS`` has them.
+        skipped: samples that were left out, by kind of fault, as ``faults.FAULT_KINDS`` has them; ``removed``: those of
+            classes that the class map removes.
         reasons: by kind, the first few samples and why.
         bytes: of all files.
-        num_classes: C of the source. Ids of classes stay as they are.
+        num_classes: C of the new set.
         files: number of files, without ``prepare.json``.
     """
 
@@ -88,6 +90,7 @@ def prepare(
     workers: int | None = None,
     shard_size: int = 10_000,
     shuffle_seed: int | None = None,
+    class_map: np.ndarray | None = None,
     max_image_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
@@ -114,6 +117,8 @@ def prepare(
         shard_size: samples of a WebDataset shard; 10,000 as in img2dataset (webdataset's own writer has 100,000, or
             3 GB, which makes fewer shards than a large job has readers).
         shuffle_seed: WebDataset only: shuffles the samples, for readers that don't; the same seed, the same order.
+        class_map: int64 ``[C]``, the new id of each class, -1 for those whose samples are left out; see
+            ``data.class_map``. A class that several become has the name of the lowest of them. Default: ids stay.
         max_image_pixels: images with more are skipped.
         progress: called with the samples done and their total.
 
@@ -121,21 +126,29 @@ def prepare(
         What was written.
 
     Raises:
-        ConfigError: an argument can't be used; labels of 2**24 and more for RecordIO; the destination holds other
-            files, or a complete set of other arguments.
+        ConfigError: an argument can't be used; the class map has another C; labels of 2**24 and more for RecordIO; the
+            destination holds other files, or a complete set of other arguments.
         DataError: no sample can be used, the source can't be read, or the destination can't be written to.
     """
-    labels = source.all_labels()
-    arguments = {"format": format, "image_size": image_size, "quality": quality, "max_image_pixels": max_image_pixels}
+    labels = _new_labels(source, class_map)
+    arguments: dict[str, Any] = {
+        "format": format,
+        "image_size": image_size,
+        "quality": quality,
+        "max_image_pixels": max_image_pixels,
+    }
     if format == "webdataset":
         arguments |= {"shard_size": shard_size, "shuffle_seed": shuffle_seed}
+    if class_map is not None:
+        # Only where there is one: what was written before there were class maps stays complete.
+        arguments["class_map"] = blake2b(class_map.tobytes(), digest_size=16).hexdigest()
     _check_arguments(arguments, workers, shuffle_seed)
     place = Path(destination)
     _check_source(source, labels, format, place)
     with written_to(place):
         place.mkdir(parents=True, exist_ok=True)
         with Destination(place) as files:
-            return _Job(source, labels, files, arguments, workers or processors(), progress).run()
+            return _Job(source, labels, class_map, files, arguments, workers or processors(), progress).run()
 
 
 def _check_arguments(arguments: dict[str, Any], workers: int | None, shuffle_seed: int | None) -> None:
@@ -153,6 +166,20 @@ def _check_arguments(arguments: dict[str, Any], workers: int | None, shuffle_see
         shuffle_seed,
         "none with format=recordio, whose samples are sorted by class",
     )
+
+
+def _new_labels(source: Archive | Sources, class_map: np.ndarray | None) -> np.ndarray:
+    """Labels of all samples in the new set, int64 ``[N]``: ``UNUSABLE`` where a sample or its class is left out."""
+    labels = source.all_labels()
+    if class_map is None:
+        return labels
+    if len(class_map) != source.num_classes:
+        raise ConfigError(
+            f"{source.path}: has {source.num_classes} classes, the class map is of {len(class_map)}: expected the map "
+            "of the head that was trained on this set"
+        )
+    # Behind the last class stands what samples without one get.
+    return np.append(np.where(class_map == REMOVED, UNUSABLE, class_map), UNUSABLE)[labels]
 
 
 def _check_source(source: Archive | Sources, labels: np.ndarray, format: str, destination: Path) -> None:
@@ -183,6 +210,7 @@ class _Job:
         self,
         source: Archive | Sources,
         labels: np.ndarray,
+        class_map: np.ndarray | None,
         place: Destination,
         arguments: dict[str, Any],
         workers: int,
@@ -190,6 +218,7 @@ class _Job:
     ) -> None:
         self.source = source
         self.labels = labels
+        self.class_map = class_map
         self.place = place
         self.arguments = arguments
         self.workers = workers
@@ -203,9 +232,8 @@ class _Job:
         state = place.load()
         if state is not None and state.phase == "renaming":
             place.rename(state)
-        now = State(
-            self.arguments, _describe(self.source, self.labels), f"OpenCV {cv2.__version__}, Pillow {PIL.__version__}"
-        )
+        described = _describe(self.source, self.source.all_labels())
+        now = State(self.arguments, described, f"OpenCV {cv2.__version__}, Pillow {PIL.__version__}")
         if state is not None and state.phase == "complete":
             place.check_complete(state, now)
             logger.info("%s is complete: nothing to do", folder)
@@ -220,12 +248,22 @@ class _Job:
             except LostFiles as error:
                 logger.warning("%s: starts over (%s)", folder, error)
         place.clear()
-        for sample in np.flatnonzero(self.labels == UNUSABLE).tolist():
+        for sample in np.flatnonzero(self.source.all_labels() == UNUSABLE).tolist():
             fault = self.source.fault(sample)
             now.skip(fault.kind if fault else "label", fault.reason if fault else self.source.locate(sample))
+        self._count_removed(now)
         # Before any other file: what is there without a state is taken for somebody else's.
         place.save(now)
         return self._write(now, self._writer(now), "written")
+
+    def _count_removed(self, state: State) -> None:
+        if self.class_map is None:
+            return
+        removed = np.flatnonzero(self.class_map == REMOVED)
+        count = int(np.isin(self.source.all_labels(), removed).sum())
+        if count:
+            state.skipped["removed"] = count
+            state.reasons["removed"] = [f"of {len(removed)} classes that the class map removes"]
 
     def _writer(self, state: State) -> PlainRecordWriter | ShardWriter:
         try:
@@ -323,16 +361,28 @@ class _Job:
     def _write_extras(self, state: State) -> list[str]:
         """Write the small files, under their partial names; returns their final ones."""
         extras = {}
-        if (class_names := _class_names(self.source)) is not None:
+        if (class_names := self._class_names()) is not None:
             # A line's end in a name would move all names behind it.
             names = (re.sub(r"[\r\n]", " ", name) for name in class_names)
             extras["classes.txt"] = "".join(f"{name}\n" for name in names)
         assert state.size is not None
         height, width = state.size
-        extras["property"] = f"{self.source.num_classes},{height},{width}\n"
+        extras["property"] = f"{self._num_classes},{height},{width}\n"
         for name, text in extras.items():
             self.place.write(name, text)
         return list(extras)
+
+    @property
+    def _num_classes(self) -> int:
+        return self.source.num_classes if self.class_map is None else count_classes(self.class_map)
+
+    def _class_names(self) -> Iterable[str] | None:
+        names = _class_names(self.source)
+        if names is None or self.class_map is None:
+            return names
+        # Sources may have fewer names than classes where their classes are merged.
+        old = dict(enumerate(names))
+        return (old.get(first, "") for first in first_of_each(self.class_map).tolist())
 
     def _give_up(self, state: State) -> None:
         self.place.clear()
@@ -350,7 +400,7 @@ class _Job:
             skipped=state.skipped,
             reasons=state.reasons,
             bytes=sum(state.files.values()),
-            num_classes=self.source.num_classes,
+            num_classes=self._num_classes,
             files=len(state.files),
         )
 

@@ -142,12 +142,12 @@ def run_script(folder: Path, config: Path, change: str, ranks: int) -> subproces
     """Train with something changed in a rank: ``change`` is code that sees ``trainer`` and ``place``."""
     script = folder / "job.py"
     script.write_text(f"""
-from partial_fc.cli import _one_line_errors
+from partial_fc.cli_errors import one_line_errors
 from partial_fc.config import load_config
 from partial_fc.errors import DataError
 from partial_fc.ranks import joined_ranks
 from partial_fc.train import Trainer
-with _one_line_errors():
+with one_line_errors():
     settings = load_config({str(config)!r}, ["evaluate.sets=[]", "train.steps=1000", "train.timeout_seconds=200"])
     with joined_ranks(settings) as place:
         trainer = Trainer(settings, place)
@@ -181,11 +181,11 @@ def test_data_that_fail_on_one_rank_stop_all_ranks_at_that_step(tmp_path: Path, 
                 raise DataError("train.rec: the disk is gone")
             return genuine()
         trainer.stream.next_batch = failing
-        raised = trainer._raise_data_failure
+        raised = trainer.training_step._raise_data_failure
         def say():
             print("stops at", trainer.stream.position, flush=True)
             raised()
-        trainer._raise_data_failure = say
+        trainer.training_step._raise_data_failure = say
     """
     done = run_script(tmp_path, write_config(tmp_path, data), change, ranks=2)
     assert_one_line(done, "rank 1: train.rec: the disk is gone")

@@ -29,6 +29,16 @@ SERIES = {
     "verification_accuracy": "gauge",
     "rank": "gauge",
     "world_size": "gauge",
+    "commits": "counter",
+    "failed_commits": "counter",
+    "committed_step": "gauge",
+    "commit_timestamp_seconds": "gauge",
+    "commit_seconds": "gauge",
+    "commit_copy_seconds": "gauge",
+    "commit_bytes": "gauge",
+    "resumed_step": "gauge",
+    "rollbacks": "counter",
+    "stalled": "gauge",
 }
 
 
@@ -69,6 +79,26 @@ def test_every_series_is_there_from_the_start_with_its_type() -> None:
             assert value(metrics, "decode_errors_total", kind=kind) == 0
         for phase in PHASES:
             assert value(metrics, "step_seconds_count", phase=phase) == 0
+
+
+def test_commits_rollbacks_and_stalls_are_told() -> None:
+    metrics = TrainingMetrics()
+    assert math.isnan(value(metrics, "committed_step")) and value(metrics, "commits_total") == 0
+    metrics.record_resume(40)
+    assert value(metrics, "committed_step") == value(metrics, "resumed_step") == 40
+    metrics.record_commit(60, 2.5, copy_seconds=0.25, size=1000, failed=False)
+    metrics.record_commit(80, 9.0, copy_seconds=0.5, size=0, failed=True)
+    assert value(metrics, "committed_step") == 60, "a failed one leaves the last"
+    assert value(metrics, "commits_total") == 1 and value(metrics, "failed_commits_total") == 1
+    assert value(metrics, "commit_seconds") == 2.5 and value(metrics, "commit_copy_seconds") == 0.25
+    assert value(metrics, "commit_bytes") == 1000 and value(metrics, "commit_timestamp_seconds") > 1e9
+    metrics.record_rollback()
+    assert value(metrics, "rollbacks_total") == 1
+    stalled = [False]
+    metrics.watch_stalls(lambda: stalled[0])
+    assert value(metrics, "stalled") == 0
+    stalled[0] = True
+    assert value(metrics, "stalled") == 1
 
 
 def test_names_follow_the_conventions() -> None:

@@ -9,7 +9,8 @@ import torch
 
 import partial_fc as pfc
 from partial_fc.kernels.updates import Noise, _noise_bits, round_stochastically
-from partial_fc.optim import RowAdamW, RowSGD, Schedule, clip_shards
+from partial_fc.optim import RowAdamW, RowSGD, clip_shards
+from partial_fc.schedule import Schedule
 
 SGD: list[dict[str, Any]] = [
     {"lr": 0.1},
@@ -52,6 +53,27 @@ def test_untouched_rows_stay_bit_for_bit(ours: Any, theirs: Any, options: dict[s
     assert not torch.equal(param[rows], before[rows])
     for name, value in optimizer.state[param].items():
         assert torch.equal(value[others], state[name][others])
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_the_state_can_be_made_before_the_first_step(
+    ours: Any, theirs: Any, options: dict[str, Any], storage: torch.dtype
+) -> None:
+    kept = []
+    for early in (False, True):
+        param = torch.nn.Parameter(torch.ones(10, 3, dtype=storage))
+        optimizer = ours([param], **options)
+        if early:
+            optimizer.init_state()
+            assert all(not value.any() for value in optimizer.state[param].values())
+        param.grad = torch.full_like(param, 0.5)
+        optimizer.step()
+        kept.append({"param": param.detach(), **optimizer.state[param]})
+    stepped, early_state = kept
+    assert stepped.keys() == early_state.keys() and ("rounded" in stepped) == (storage == torch.bfloat16)
+    for name, value in stepped.items():
+        assert torch.equal(value, early_state[name]), name
 
 
 def test_adamw_corrects_the_bias_of_each_row_by_its_own_count() -> None:

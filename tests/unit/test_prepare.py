@@ -855,3 +855,58 @@ def test_omniglot_stays_as_it_is(tmp_path: Path) -> None:
     ids = np.arange(0, 19280, 241)
     assert np.array_equal(again.all_labels(), source.all_labels())
     assert [a.tobytes() for a in again.encoded(ids)] == [b.tobytes() for b in source.encoded(ids)]
+
+
+@pytest.mark.parametrize("format", ["recordio", "webdataset"])
+def test_a_class_map_renames_merges_and_removes_classes(format: Any, tmp_path: Path) -> None:
+    images, labels = some_images(), [*LABELS[:11], UNUSABLE]
+    names = ["zero", "one", "two", "three", "four"]
+    # 0 and 3 become 1, the others but 4 keep a place of their own.
+    class_map = np.array([1, 2, 0, 1, -1])
+    source = FakeArchive(images, labels, names)
+    report = prepare(source, tmp_path / "new", format=format, class_map=class_map)
+    kept = [
+        (class_map[label], image) for image, label in zip(images, labels, strict=True) if label not in (4, UNUSABLE)
+    ]
+    if format == "recordio":
+        assert read_recordio(tmp_path / "new") == sorted(kept, key=lambda pair: pair[0])
+    else:
+        assert [(label, data) for _, label, data in read_shards(tmp_path / "new")] == kept
+    assert (report.num_classes, report.samples, report.written) == (3, 12, 8)
+    assert report.skipped == {"label": 1, "removed": 3}
+    assert report.reasons["removed"] == ["of 1 classes that the class map removes"]
+    assert (tmp_path / "new" / "classes.txt").read_text() == "two\nzero\none\n"
+    assert (tmp_path / "new" / "property").read_text() == "3,40,40\n"
+    assert open_archive(tmp_path / "new").num_classes == 3
+
+
+def test_a_set_of_another_class_map_is_another_set(tmp_path: Path) -> None:
+    source = FakeArchive(some_images(), LABELS)
+    options: dict[str, Any] = {"format": "recordio", "class_map": np.arange(5)[::-1]}
+    before = prepare(source, tmp_path / "new", **options)
+    assert prepare(source, tmp_path / "new", **options).outcome == "complete"
+    assert before.written == 12
+    with pytest.raises(ConfigError, match="was made otherwise .class_map was [0-9a-f]{32}, is None"):
+        prepare(source, tmp_path / "new", format="recordio")
+    # A set of before there were class maps says nothing of one.
+    prepare(source, tmp_path / "old", format="recordio")
+    assert "class_map" not in json.loads((tmp_path / "old" / "prepare.json").read_text())["arguments"]
+
+
+def test_an_interrupted_set_with_removed_classes_counts_them_once(tmp_path: Path) -> None:
+    source = FakeArchive(some_images() * 30, LABELS * 30)
+    class_map = np.array([0, 1, 2, -1, 3])
+    whole = prepare(source, tmp_path / "a", format="webdataset", class_map=class_map)
+    interrupted(source, tmp_path / "b", 40, format="webdataset", class_map=class_map)
+    resumed = prepare(source, tmp_path / "b", format="webdataset", class_map=class_map)
+    assert resumed.outcome == "resumed" and resumed.skipped == whole.skipped == {"removed": 90}
+    assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
+
+
+def test_a_class_map_that_does_not_fit_the_data_is_refused(tmp_path: Path) -> None:
+    source = FakeArchive(some_images(), LABELS)
+    with pytest.raises(ConfigError, match=r"fake: has 5 classes, the class map is of 4: expected the map of the head"):
+        prepare(source, tmp_path / "new", format="recordio", class_map=np.arange(4))
+    with pytest.raises(DataError, match="none of its 12 samples can be used"):
+        prepare(source, tmp_path / "new", format="recordio", class_map=np.array([-1, -1, 0, -1, -1]))
+    assert not (tmp_path / "new").exists()

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from partial_fc import cli, tools
+from partial_fc import cli, cli_errors, tools
 from partial_fc.data.archives import open_archive
 from partial_fc.data.augment import Augmentation
 from partial_fc.data.contact_sheet import contact_sheet
-from partial_fc.errors import DataError
+from partial_fc.errors import ConfigError, DataError
 from tests import formats, records
 
 SIDE = 48
@@ -32,7 +32,7 @@ def leave(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(code: int) -> NoReturn:
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli, "_leave", leave)
+    monkeypatch.setattr(cli_errors, "leave", leave)
 
 
 def call(*words: object) -> Any:
@@ -290,3 +290,16 @@ def test_a_configuration_with_nothing_but_the_data_will_do(data: Path, tmp_path:
 def test_the_commands_raise_what_a_program_can_catch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found\.json: can't be written"):
         tools.run_validate(tmp_path, [], limit=None, workers=None, json_file=tmp_path / "no" / "found.json")
+
+
+def test_a_class_map_is_read_from_its_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.csv").write_text("old,new\n0,1\n1,-1\n2,0\n3,1\n")
+    options: dict[str, Any] = {"format": "recordio", "size": None, "quality": None, "workers": 1, "shard_size": 9}
+    tools.run_prepare(data, tmp_path / "new", [], **options, shuffle_seed=None, class_map=tmp_path / "x.csv")
+    said = capsys.readouterr().out
+    assert said.startswith("6 of 8 images of 2 classes in ")
+    assert "left out: 2 (removed)\n  of 1 classes that the class map removes\n" in said
+    assert open_archive(tmp_path / "new").all_labels().tolist() == [0, 0, 1, 1, 1, 1]
+    (tmp_path / "x.csv").write_text("0\n")
+    with pytest.raises(ConfigError, match="x.csv:1: got '0', expected 'old,new'"):
+        tools.run_prepare(data, tmp_path / "b", [], **options, shuffle_seed=None, class_map=tmp_path / "x.csv")

@@ -1,0 +1,484 @@
+"""Commits: checkpoint folders that are whole or not there, however the process that writes them ends. Files only.
+
+A commit ``root/step-00001200`` holds the files of a checkpoint, ``run.json`` (what the run needs to go on) and the
+marker ``commit.json``: size and SHA-256 of every other file. It is written as ``root/.step-00001200-<token>.partial``
+and gets its name when all of it is on the disk. What is removed is renamed to ``.step-00001200-<token>.removed`` first.
+So a name ``step-*`` stands for a whole commit, and the marker proves it, whatever happened to the disk since.
+
+The sums find damage, not forgery: whoever may write the folder may write its marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from partial_fc.checkpoint.durable import make_folder, sum_file, sync_file, sync_folder, write_file
+from partial_fc.errors import CheckpointError, ConfigError
+
+FORMAT = 1
+MARKER = "commit.json"
+INFO = "run.json"
+_NAME = re.compile(r"step-([0-9]{8,19})")
+_HIDDEN = re.compile(r"\.step-[0-9]{8,19}-[0-9a-f]{8}\.(partial|removed)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What a loader reads of run.json, and the least value of a number.
+_NUMBERS = {"step": 0, "samples": 0, "num_classes": 1, "embedding_size": 1}
+# What passes and says nothing about a commit: an older one, taken for such a reason, would cost steps.
+_PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT))
+
+
+class FileSum(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        size: bytes.
+        sha256: 64 hexadecimal digits, lower case.
+    """
+
+    size: int
+    sha256: str
+
+
+class Commit(NamedTuple):
+    """A commit whose files are what was written.
+
+    Attributes:
+        folder: where it is.
+        info: ``run.json``.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        step: int = self.info["step"]
+        return step
+
+
+class _Unusable(Exception):
+    """Why a folder is no commit, in words that go behind its name."""
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make a new partial folder for a commit of ``step`` steps; ``root`` is made where it isn't there.
+
+    Raises:
+        OSError: with its file name; try again.
+    """
+    # A commit in a folder that is itself only in the machine's memory would go with it.
+    make_folder(root)
+    partial = root / f".{_step_name(step)}-{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    return partial
+
+
+def sum_files(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
+    """Sums of files of a partial folder, by name; for the process that wrote them.
+
+    Each is brought to the disk here as well: only the machine that wrote a file knows what of it is still in memory.
+
+    Raises:
+        OSError: with its file name.
+    """
+    return {name: FileSum(*sum_file(folder / name, sync=True)) for name in names}
+
+
+def seal(partial: Path, info: Mapping[str, Any], sums: Mapping[str, FileSum], target: Path | None = None) -> Path:
+    """Turn a partial folder into a commit.
+
+    The order is what makes it safe. First the bytes of every file go to the disk, then the marker that vouches for
+    them, then the folder, which holds their names. Only then comes the rename, which is atomic; and the parent folder
+    last, which makes the rename outlive the machine.
+
+    Args:
+        partial: what :func:`begin` made, with the checkpoint's files in it.
+        info: what ``run.json`` gets.
+        sums: of every file in ``partial``, whichever rank wrote it.
+        target: the commit's folder, new, on the same file system; None: ``step-N`` beside ``partial``. Where that is
+            a usable commit already (an earlier attempt at the same step), it stays and ``partial`` goes; where it isn't
+            usable, it is replaced.
+
+    Returns:
+        The commit's folder.
+
+    Raises:
+        CheckpointError: the files are not those of ``sums``, ``info`` lacks something, or ``target`` is there already.
+        OSError: with its file name. Start again with :func:`begin`: after a failed fsync the pages are gone, and a
+            second one of the same file would report success.
+    """
+    try:
+        _check_info(info)
+        if INFO in sums or MARKER in sums:
+            raise _Unusable(f"the sums name {INFO} or {MARKER}, which are written last")
+        _check_files(partial, sums)
+    except _Unusable as why:
+        raise CheckpointError(f"{partial}: {why}: the commit is not made, save again") from why
+    if target is not None and os.path.lexists(target):
+        raise CheckpointError(f"{target}: is there already, expected the name of a new commit: name another folder")
+    for name in sums:
+        sync_file(partial / name)
+    write_file(partial / INFO, json.dumps(info, indent=1).encode())
+    write_file(partial / MARKER, _marker_of({**sums, INFO: FileSum(*sum_file(partial / INFO))}))
+    sync_folder(partial)
+    folder = target or partial.parent / _step_name(info["step"])
+    _take_the_name(partial, folder)
+    sync_folder(folder.parent)
+    return folder
+
+
+def read_commit(folder: Path, *, part: int = 0, parts: int = 1) -> Commit:
+    """Verify a commit and read its ``run.json``.
+
+    Every call checks the marker, the names and sizes of all files, and ``run.json``; the checksums of the data are
+    shared out by ``part``: all of 0 ... ``parts`` - 1 together have verified everything.
+
+    Args:
+        folder: the commit; the step of a name ``step-N`` must be that of ``run.json``, other names are free.
+        part: which part of the files this call sums, such as the rank.
+        parts: how many parts there are, such as the number of ranks.
+
+    Raises:
+        CheckpointError: what is wrong with which file.
+        OSError: the machine can't read it now (too many open files, a file system that doesn't answer); that says
+            nothing about the commit.
+    """
+    try:
+        return _examine(folder, part, parts)
+    except _Unusable as why:
+        raise CheckpointError(f"{folder}: {why}: it can't be used, take another commit") from why
+
+
+def list_commits(root: Path) -> list[Path]:
+    """What is named ``step-N`` in ``root``, newest first, unverified; nothing where ``root`` isn't there.
+
+    Raises:
+        OSError: ``root`` can't be read, which is not the same as a run without commits.
+    """
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    steps = {folder: step for name in names if (step := step_of(folder := root / name)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a commit's folder; None where it has another name."""
+    match = _NAME.fullmatch(folder.name)
+    step = int(match[1]) if match else None
+    # 000000040 with nine digits would be a second name of step 40.
+    return step if step is not None and _step_name(step) == folder.name else None
+
+
+def newest_commit(root: Path, refused: Callable[[str], None]) -> Commit | None:
+    """The newest usable commit of ``root``, verified whole; None where there is none.
+
+    Args:
+        root: the folder of the commits.
+        refused: called with a line for each newer one that isn't used: which, and why.
+
+    Raises:
+        OSError: as :func:`read_commit` and :func:`list_commits`.
+    """
+    folders = list_commits(root)
+    for number, folder in enumerate(folders, start=1):
+        try:
+            return _examine(folder, 0, 1)
+        except _Unusable as why:
+            other = "the previous commit is" if number < len(folders) else "and there is no previous commit"
+            refused(f"{folder}: {why}: it is not used, {other}")
+    return None
+
+
+def prune(root: Path, *, keep_last: int, keep_best: bool) -> list[Path]:
+    """Remove old commits.
+
+    Kept are the ``keep_last`` newest usable ones and the best one. A folder that isn't usable is never one of these; it
+    stays to be looked at while it is newer than one of the ``keep_last``, and goes with those of its age. Where fewer
+    than ``keep_last`` are usable, nothing goes. Usable means here: all but the checksums of the data is as it should
+    be, since reading all data at every save would cost more than the save.
+
+    A folder is renamed to a hidden name, and that brought to the disk, before its first file goes, so that a folder
+    half-removed has no commit's name. What can't be renamed stays; links and plain files are never touched.
+
+    Args:
+        root: the folder of the commits; it need not be there.
+        keep_last: at least 1.
+        keep_best: keep the one of the highest ``accuracy`` in ``run.json`` (the latest of several), where one has any.
+
+    Returns:
+        The folders that are gone, newest first.
+
+    Raises:
+        ConfigError: ``keep_last`` is less than 1.
+    """
+    if keep_last < 1:
+        raise ConfigError(f"keep_last is {keep_last}, expected at least 1: a run goes on from the newest commit")
+    try:
+        folders = list_commits(root)
+        usable = {folder: info for folder in folders if (info := _usable(folder)) is not None}
+    except OSError:
+        return []
+    if len(usable) < keep_last:
+        return []
+    kept = set(folders[: folders.index(list(usable)[keep_last - 1]) + 1])
+    if keep_best:
+        kept |= _best(usable)
+    removed = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if folder not in kept and _is_folder(folder):
+                removed.append((folder, _hide(folder)))
+    with contextlib.suppress(OSError):
+        sync_folder(root)
+    for _, hidden in removed:
+        _delete(hidden)
+    return [folder for folder, _ in removed]
+
+
+def discard_after(root: Path, step: int) -> list[Path]:
+    """Remove every commit of a later step, usable or not: the run takes those steps anew, from an earlier state.
+
+    As long as one of them were there, a restart would go on from it, and the new commit of that step give way to it.
+    So, unlike in :func:`prune`, what can't be removed is an error.
+
+    Args:
+        root: the folder of the commits; it need not be there.
+        step: of the commit that the run goes back to.
+
+    Returns:
+        The folders that are gone, newest first. The newest goes first, so that whatever is left is of one history.
+
+    Raises:
+        OSError: with its file name.
+    """
+    later = [folder for folder in list_commits(root) if (step_of(folder) or 0) > step and _is_folder(folder)]
+    hidden = [_hide(folder) for folder in later]
+    if later:
+        sync_folder(root)
+    for folder in hidden:
+        _delete(folder)
+    return later
+
+
+def clean(root: Path) -> None:
+    """Remove what unfinished saves and removals left; call it where no save is under way. Errors are passed over."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(root):
+            if _HIDDEN.fullmatch(name):
+                # Folders only: a link or a plain file of such a name is not ours, and stays.
+                shutil.rmtree(root / name, ignore_errors=True)
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _examine(folder: Path, part: int, parts: int) -> Commit:
+    """The commit, with the checksums of a part of its files verified.
+
+    Raises:
+        _Unusable: it is none.
+        OSError: the machine can't read it now.
+    """
+    assert 0 <= part < parts
+    with _reading(folder):
+        commit, sums = _examine_but_sums(folder)
+        # By size, so that each part has about as much to read.
+        by_size = sorted(sums, key=lambda name: (-sums[name].size, name))
+        for name in by_size[part::parts]:
+            _check_sum(folder / name, sums[name])
+    return commit
+
+
+def _examine_but_sums(folder: Path) -> tuple[Commit, dict[str, FileSum]]:
+    """As :func:`_examine`, without the checksums of files other than ``run.json``; and the sums that are expected."""
+    mode = os.lstat(folder).st_mode
+    if stat.S_ISLNK(mode):
+        raise _Unusable("is a symbolic link, expected a folder")
+    if not stat.S_ISDIR(mode):
+        raise _Unusable("is a file, expected a folder")
+    sums = _read_marker(folder)
+    _check_files(folder, sums, beside=frozenset((MARKER,)))
+    _check_sum(folder / INFO, sums[INFO])
+    info = _parse((folder / INFO).read_bytes(), INFO)
+    _check_info(info)
+    step = step_of(folder)
+    if step is not None and info["step"] != step:
+        raise _Unusable(f"{INFO} says step {info['step']}, expected step {step} as in the folder's name")
+    return Commit(folder, dict(info)), sums
+
+
+def _read_marker(folder: Path) -> dict[str, FileSum]:
+    try:
+        if not stat.S_ISREG(os.lstat(folder / MARKER).st_mode):
+            raise _Unusable(f"{MARKER} is no plain file")
+        content = (folder / MARKER).read_bytes()
+    except FileNotFoundError:
+        raise _Unusable(f"has no {MARKER}, so it was not written to its end") from None
+    marker = _parse(content, MARKER)
+    _check_format(marker, MARKER)
+    files = marker.get("files")
+    if not isinstance(files, dict):
+        raise _Unusable(f"{MARKER} lists no files")
+    sums = {name: _read_sum(name, entry) for name, entry in files.items()}
+    if INFO not in sums:
+        raise _Unusable(f"{MARKER} doesn't list {INFO}")
+    if content != _marker_of(sums):
+        raise _Unusable(f"{MARKER} isn't what was written")
+    return sums
+
+
+def _read_sum(name: str, entry: object) -> FileSum:
+    if name in ("", ".", "..", MARKER) or "/" in name or "\0" in name:
+        raise _Unusable(f"{MARKER} lists {name!r}, expected names of files in the folder")
+    if isinstance(entry, dict):
+        size, digest = entry.get("size"), entry.get("sha256")
+        if type(size) is int and size >= 0 and isinstance(digest, str) and _SHA256.fullmatch(digest):
+            return FileSum(size, digest)
+    raise _Unusable(f"{MARKER} has no size and SHA-256 of {_shown(name)}")
+
+
+def _marker_of(sums: Mapping[str, FileSum]) -> bytes:
+    files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(sums.items())}
+    return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError):
+        raise _Unusable(f"{name} ({len(content)} bytes) is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise _Unusable(f"{name} holds no JSON object")
+    return parsed
+
+
+def _check_format(parsed: Mapping[str, Any], name: str) -> None:
+    number = parsed.get("format")
+    if type(number) is not int or number < 1:
+        raise _Unusable(f"{name} has format {number!r}, expected {FORMAT}")
+    if number > FORMAT:
+        raise _Unusable(f"{name} has format {number}, newer than format {FORMAT} of this version: update partial_fc")
+
+
+def _check_info(info: Mapping[str, Any]) -> None:
+    _check_format(info, INFO)
+    for key, least in _NUMBERS.items():
+        value = info.get(key)
+        if type(value) is not int or value < least:
+            raise _Unusable(f"{INFO} has {key} {value!r}, expected a whole number of at least {least}")
+    contents = info.get("contents")
+    if not isinstance(contents, list) or not all(isinstance(name, str) for name in contents):
+        raise _Unusable(f"{INFO} has contents {contents!r}, expected a list of names")
+
+
+def _check_files(folder: Path, sums: Mapping[str, FileSum], beside: frozenset[str] = frozenset()) -> None:
+    """The folder holds these files with these sizes, those of ``beside``, and nothing else."""
+    there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    for names, problem in (
+        (sums.keys() - there.keys(), "missing"),
+        (there.keys() - sums.keys() - beside, "not part of it"),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+            raise _Unusable(f"{_shown(min(names))}{others} {problem}")
+    for name, expected in sorted(sums.items()):
+        if not stat.S_ISREG(there[name].st_mode):
+            raise _Unusable(f"{_shown(name)} is no plain file")
+        if there[name].st_size != expected.size:
+            raise _Unusable(f"{_shown(name)} has {there[name].st_size} bytes, expected {expected.size}")
+
+
+def _shown(name: str) -> str:
+    """A name as it goes into a line, whatever it is made of."""
+    return name if name.isprintable() else repr(name)
+
+
+def _check_sum(path: Path, expected: FileSum) -> None:
+    found = FileSum(*sum_file(path))
+    if found != expected:
+        raise _Unusable(
+            f"{_shown(path.name)} isn't what was written: it has SHA-256 {found.sha256[:12]}..., "
+            f"expected {expected.sha256[:12]}..."
+        )
+
+
+def _take_the_name(partial: Path, folder: Path) -> None:
+    """Rename the sealed folder, unless a usable commit has the name."""
+    if os.path.lexists(folder):
+        try:
+            _examine(folder, 0, 1)
+        except _Unusable:
+            hidden = _hide(folder)
+            os.rename(partial, folder)
+            _delete(hidden)
+        else:
+            _delete(partial)
+    else:
+        os.rename(partial, folder)
+
+
+def _usable(folder: Path) -> dict[str, Any] | None:
+    """``run.json`` of a commit that is usable as far as can be seen without reading its data; else None."""
+    try:
+        with _reading(folder):
+            return _examine_but_sums(folder)[0].info
+    except _Unusable:
+        return None
+
+
+def _best(usable: Mapping[Path, Mapping[str, Any]]) -> set[Path]:
+    """The one of the highest accuracy, the first of several; nothing where none has any."""
+    found: tuple[float, Path] | None = None
+    for folder, info in usable.items():
+        accuracy = info.get("accuracy")
+        if isinstance(accuracy, (int, float)) and not math.isnan(accuracy) and (not found or accuracy > found[0]):
+            found = accuracy, folder
+    return {found[1]} if found else set()
+
+
+def _hide(folder: Path) -> Path:
+    """Take a commit's name from a folder, so that it can be removed; its new place."""
+    hidden = folder.parent / f".{folder.name}-{secrets.token_hex(4)}.removed"
+    os.rename(folder, hidden)
+    return hidden
+
+
+def _delete(path: Path) -> None:
+    """Remove what has no commit's name any more; what stays of it is for :func:`clean`."""
+    with contextlib.suppress(OSError):
+        if _is_folder(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(os.lstat(path).st_mode)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What can't be read is unusable, unless the machine is to blame."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _PASSING:
+            raise
+        place = Path(error.filename or folder)
+        what = "" if place == folder else f"{place.name} "
+        raise _Unusable(f"{what}can't be read ({error.strerror or error})") from error

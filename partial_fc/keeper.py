@@ -1,0 +1,298 @@
+"""When a run commits its state, and how it goes on from a commit: at its start, and back to one after a divergence."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partial_fc.build import Place
+from partial_fc.checkpoint import Commit, Saved, Saver, TrainingState, discard_after, list_commits, step_of
+from partial_fc.config import Config
+from partial_fc.council import Council
+from partial_fc.divergence import DivergenceWatch
+from partial_fc.errors import NonFiniteError
+from partial_fc.head import PartialFC
+from partial_fc.journal import Journal, read_journal
+from partial_fc.loss_scale import LossScale
+from partial_fc.metrics import TrainingMetrics
+from partial_fc.ranks import agreed, from_first
+from partial_fc.run_folder import Start, Status, first_usable
+
+# What a rank may ask of all of them: see Council.
+SAVE, STOP, DIVERGED = "save", "stop", "diverged"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the same on every rank.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: position in the sample stream.
+        rate_factor: what rollbacks left of the learning rates.
+        rollbacks: how many there were.
+        accuracy: mean verification accuracy of the state as it is now; None: it wasn't evaluated.
+        best: the best of those so far.
+    """
+
+    step: int = 0
+    samples: int = 0
+    rate_factor: float = 1.0
+    rollbacks: int = 0
+    accuracy: float | None = None
+    best: float | None = None
+
+
+@dataclass
+class Kept:
+    """What a commit holds beside tensors, and who keeps it.
+
+    Attributes:
+        progress: where the run stands.
+        scale: the loss scale.
+        watch: what looks for divergence.
+    """
+
+    scale: LossScale
+    watch: DivergenceWatch
+    progress: Progress = field(default_factory=Progress)
+
+
+class Keeper:
+    """Commits a run's state, and brings it back. Its methods are called by all ranks at the same step.
+
+    Args:
+        config: the configuration.
+        place: this process.
+        start: the run's folder, and the commit that it goes on from.
+        state: backbone, head and optimizers.
+        kept: what is saved beside them.
+        head: named in the commit.
+        council: how ranks agree.
+        journal: for lines.
+        metrics: for counters.
+        status: of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        start: Start,
+        state: TrainingState,
+        kept: Kept,
+        head: PartialFC,
+        council: Council,
+        journal: Journal,
+        metrics: TrainingMetrics,
+        status: Status,
+    ) -> None:
+        self._config, self._place, self._start, self._state = config, place, start, state
+        self._kept, self._head, self._council = kept, head, council
+        self._journal, self._metrics, self._status = journal, metrics, status
+        section = config.checkpoint
+        self._saver = Saver(
+            start.commits,
+            state,
+            keep_last=section.keep_last,
+            keep_best=section.keep_best,
+            background=section.background,
+            timeout=timedelta(seconds=config.train.timeout_seconds),
+        )
+        self._owed, self._num_images = False, 0
+        self._due_at = self._next_time()
+        self._resolved = config.model_dump(mode="json")
+        self._went_back_to: int | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether a commit is due after the step that was done."""
+        every = self._config.checkpoint.every_steps
+        return self._owed or (every is not None and self._kept.progress.step % every == 0)
+
+    def resume(self, num_images: int) -> None:
+        """Load the commit that the start found, where there is one.
+
+        Args:
+            num_images: of the data set, of which a commit holds the number, too.
+
+        Raises:
+            CheckpointError: on every rank, where it doesn't fit the configuration.
+        """
+        self._num_images = num_images
+        commit, progress = self._start.commit, self._kept.progress
+        if commit is not None:
+            for line in self._load(commit):
+                self._journal.say(f"              {line}")
+            before = commit.info.get("num_images", num_images)
+            if before != num_images:
+                self._journal.warn(f"the data had {before} images at the commit, and has {num_images}: another order")
+            self._metrics.record_resume(commit.step)
+        if self._start.resumes:
+            # What was lowered stays so, even where nothing was committed since.
+            for entry in from_first(lambda: read_journal(self._start.folder / "metrics.jsonl")):
+                if entry["kind"] == "rollback":
+                    progress.rate_factor = min(progress.rate_factor, entry["learning_rate_factor"])
+                    progress.rollbacks = max(progress.rollbacks, entry["rollbacks"])
+        if commit is not None or self._start.resumes:
+            self._journal.record("resumed", progress.step, samples=progress.samples, world_size=self._place.world_size)
+
+    def after_step(self) -> None:
+        """Commit where one is due, and say what came of the last."""
+        self._report()
+        self._owed = self.due
+        if self._place.rank == 0 and self._due_at is not None and time.monotonic() >= self._due_at:
+            self._council.ask(SAVE)
+            self._due_at = self._next_time()
+        if self._is_best():
+            # The accuracy is that of this very state: it can't wait for an earlier save.
+            self.commit()
+        elif self._owed:
+            self._owed = not self._saver.save(self._info(), veto=self._kept.watch.in_trouble)
+
+    def owe(self) -> None:
+        """Commit at the end of this step, or as soon as an earlier one is written."""
+        self._owed = True
+
+    def commit(self) -> Saved | None:
+        """Commit now, and wait until it's there (or failed)."""
+        start, progress = self._start.commit, self._kept.progress
+        if start is not None and start.step == progress.step:
+            return None
+        self._is_best()
+        self._saver.save(self._info(), wait=True)
+        self._owed = False
+        return self._report()
+
+    def roll_back(self) -> None:
+        """Go back to the last commit, with lower learning rates; the stream's position is left to the caller.
+
+        Raises:
+            NonFiniteError: on every rank, where there is none, or it has been tried too often.
+        """
+        section, progress = self._config.train, self._kept.progress
+        done, factor, rollbacks = progress.step, progress.rate_factor, progress.rollbacks + 1
+        if rollbacks > section.max_rollbacks:
+            raise NonFiniteError(
+                f"the run diverged at step {done} again, after {section.max_rollbacks} returns to a commit "
+                "(train.max_rollbacks): lower optim.learning_rate, or look at the data"
+            )
+        self._saver.finish()
+        self._report()
+        commit = first_usable(from_first(self._candidates), self._place)
+        if commit is None:
+            raise NonFiniteError(
+                f"the run diverged at step {done}, and there is no commit to go back to: lower optim.learning_rate"
+            )
+        self._load(commit)
+        from_first(lambda: discard_after(self._start.commits, commit.step))
+        self._went_back_to = commit.step
+        progress.rate_factor, progress.rollbacks = factor * section.rollback_factor, rollbacks
+        self._kept.watch.reset()
+        self._owed = False
+        self._metrics.record_rollback()
+        self._journal.record(
+            "rollback", commit.step, diverged_at=done, learning_rate_factor=progress.rate_factor, rollbacks=rollbacks
+        )
+        self._journal.say(
+            f"back to step {commit.step} from step {done}, learning rates x {progress.rate_factor:g} from here on"
+        )
+
+    def close(self) -> None:
+        """Wait for a save under way."""
+        self._saver.finish()
+        self._report()
+        self._saver.close()
+
+    def _candidates(self) -> list[Path]:
+        """Commits to go back to, on rank 0."""
+        folders = list_commits(self._start.commits)
+        # Where nothing was committed since the last return, that state leads to the same place: older ones come first.
+        suspect = [folder for folder in folders if step_of(folder) == self._went_back_to]
+        return [folder for folder in folders if folder not in suspect] + suspect
+
+    def _is_best(self) -> bool:
+        accuracy, best = self._kept.progress.accuracy, self._kept.progress.best
+        if not self._config.checkpoint.keep_best or accuracy is None or (best is not None and accuracy <= best):
+            return False
+        self._kept.progress.best = accuracy
+        return True
+
+    def _next_time(self) -> float | None:
+        minutes = self._config.checkpoint.every_minutes
+        return None if minutes is None else time.monotonic() + 60 * minutes
+
+    def _info(self) -> dict[str, Any]:
+        kept, head = self._kept, self._head
+        return {
+            "step": kept.progress.step,
+            "samples": kept.progress.samples,
+            "num_images": self._num_images,
+            "num_classes": head.num_classes,
+            "embedding_size": head.embedding_size,
+            "margin": str(head.margin),
+            "negatives": str(head.negatives),
+            "world_size": self._place.world_size,
+            "loss_scale": kept.scale.state_dict(),
+            "watch": kept.watch.state_dict(),
+            "learning_rate_factor": kept.progress.rate_factor,
+            "rollbacks": kept.progress.rollbacks,
+            "accuracy": kept.progress.accuracy,
+            "best": kept.progress.best,
+            "config": self._resolved,
+            "versions": {
+                "partial_fc": metadata.version("partial_fc"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "contents": ["backbone", "head", "backbone_optimizer", "head_optimizer"],
+        }
+
+    def _load(self, commit: Commit) -> list[str]:
+        lines = agreed(lambda: self._state.load(commit.folder, commit.info))
+        info: Mapping[str, Any] = commit.info
+        self._kept.scale.load_state_dict(info.get("loss_scale") or {})
+        if info.get("watch"):
+            self._kept.watch.load_state_dict(info["watch"])
+        progress = self._kept.progress
+        progress.step, progress.samples = int(info["step"]), int(info["samples"])
+        progress.rate_factor = float(info.get("learning_rate_factor", 1.0))
+        progress.rollbacks = int(info.get("rollbacks", 0))
+        progress.accuracy, progress.best = info.get("accuracy"), info.get("best")
+        return lines
+
+    def _report(self) -> Saved | None:
+        """Say what came of a save that is done since the last call."""
+        saved = self._saver.outcome()
+        if saved is None:
+            return None
+        self._metrics.record_commit(
+            saved.step,
+            saved.seconds,
+            copy_seconds=saved.copy_seconds,
+            size=saved.bytes,
+            failed=saved.failure is not None,
+        )
+        if saved.failure is None:
+            if self._went_back_to is not None and saved.step > self._went_back_to:
+                self._went_back_to = None
+            self._status.write("running", self._kept.progress.step, committed=saved.step)
+            self._journal.record("commit", saved.step, write_seconds=saved.seconds, copy_seconds=saved.copy_seconds)
+            if saved.note is not None:
+                self._journal.warn(saved.note)
+        else:
+            again = self._config.checkpoint.retry_seconds
+            self._journal.warn(
+                f"step {saved.step} could not be committed ({saved.failure}): the last commit stays, the run goes on, "
+                f"and it's tried again in {again:g} s"
+            )
+            self._due_at = time.monotonic() + again
+        return saved
