@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from partial_fc import cli_head
-from partial_fc.cli_errors import one_line_errors
+from partial_fc.cli_errors import leave, one_line_errors
 from partial_fc.errors import PartialFCError
 
 
@@ -193,6 +193,26 @@ def show(
         from partial_fc.tools import run_show
 
         run_show(path, overrides or [], out=out, classes=classes, class_ids=class_id or [], columns=columns)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="Configuration, a YAML file.")],
+    overrides: _Overrides = None,
+    mb: Annotated[int, typer.Option(min=1, help="Megabytes of the large message of the bandwidth test.")] = 64,
+    join_seconds: Annotated[float, typer.Option(min=1, help="How long to wait for the other ranks.")] = 60.0,
+    json: Annotated[Path | None, typer.Option(help="Write all findings and figures into this file, too.")] = None,
+) -> None:
+    """Look for what would stop or slow a run, on every rank. Start it as the run will be started.
+
+    Exit code 1 where something failed, 0 where there are warnings only.
+    """
+    with one_line_errors():
+        from partial_fc.doctor import run_doctor
+
+        ready = run_doctor(config, overrides or [], megabytes=mb, json_file=json, join_seconds=join_seconds)
+    # At once: a group that failed can't be taken down in order.
+    leave(0 if ready else 1)
 
 
 @app.command()

@@ -23,6 +23,7 @@ ROWS_OF_AN_UPDATE = 8192
 LARGEST = 1 << 44
 
 Sizes = dict[str, int]
+ADAMW_STATE = ("running means", "running squares", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +144,7 @@ def resident(plan: HeadPlan) -> Sizes:
     """Bytes that stay from step to step, by item."""
     entries = plan.local * plan.size
     if plan.optimizer == "adamw":
-        state = {
-            "running means": plan.state * entries,
-            "running squares": plan.state * entries,
-            "steps": 4 * plan.local,
-        }
+        state = dict(zip(ADAMW_STATE, (plan.state * entries, plan.state * entries, 4 * plan.local), strict=True))
     else:
         state = {"momentum": plan.state * entries} if plan.momentum else {}
     kept = {} if plan.gpu else {"kept products": 4 * plan.kept * plan.batch}
@@ -200,6 +197,12 @@ def phases(plan: HeadPlan) -> dict[str, Sizes]:
 def host_memory(plan: HeadPlan) -> int:
     """Bytes of the sampled ids on the host: int64 ids twice (while the positives go in), and whether each is one."""
     return 17 * plan.walked if plan.samples else 0
+
+
+def staged(plan: HeadPlan) -> int:
+    """Bytes of the copy that a commit is written from, on the host: class centres and optimizer state."""
+    items = resident(plan)
+    return sum(items.get(name, 0) for name in ("class centres", "momentum", *ADAMW_STATE))
 
 
 def payload(plan: HeadPlan) -> Sizes:

@@ -147,6 +147,8 @@ class RunPlan:
     def memory(self, head: HeadPlan) -> Memory:
         """Bytes by item of the fullest rank, at the moment of a step that takes most."""
         stays = {**footprint.resident(head), **self.backbone.resident(head.rows)}
+        if not self.machine.gpu:
+            stays["commit: staged copy"] = self.staged(head)
         saved = {"activations": self.backbone.activations(head.rows)}
         of_head = footprint.phases(head)
         centres = "gradient of the centres"
@@ -168,6 +170,10 @@ class RunPlan:
             {item: size for item, size in {**stays, **items}.items() if size},
             {item: size for item, size in others.items() if size and not items.get(item)},
         )
+
+    def staged(self, head: HeadPlan) -> int:
+        """Bytes on the host of the copy that a commit is written from; rank 0's, which saves the backbone."""
+        return footprint.staged(head) + self.backbone.parameters + self.backbone.buffers + self.backbone.state
 
     def most_classes(self, ranks: int) -> int:
         """The largest C whose fullest rank fits; 0: none."""
@@ -373,6 +379,7 @@ def _size_as_dict(run: RunPlan, count: int) -> dict[str, Any]:
         "memory_total": memory.together,
         "fits": memory.together <= run.machine.memory,
         "host_memory": footprint.host_memory(head),
+        "staged_for_commits": run.staged(head),
         "operations": footprint.operations(head),
     }
 

@@ -92,6 +92,8 @@ def _memory_table(run: RunPlan, sizes: Sequence[Mapping[str, Any]]) -> Table:
     table.add_row("fullest moment", *(size["fullest_moment"] for size in sizes))
     if any(size["host_memory"] for size in sizes) and run.machine.gpu:
         table.add_row("on the host: sampled ids", *(show_bytes(size["host_memory"]) for size in sizes))
+    if run.machine.gpu:
+        table.add_row("on the host: staged commit", *(show_bytes(size["staged_for_commits"]) for size in sizes))
     table.add_section()
     table.add_row("classes of a rank", *(show_count(size["local_classes"]) for size in sizes))
     table.add_row("walked a step", *(show_count(size["walked_classes"]) for size in sizes))
