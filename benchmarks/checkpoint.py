@@ -147,7 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder); /dev/shm leaves the disk out")
+    parser.add_argument(
+        "--folder", type=Path, help="where to save (default: a temporary folder); /dev/shm leaves the disk out"
+    )
     parser.add_argument("--json", type=Path, help="write all figures into this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -93,8 +93,8 @@ def open_run_folder(config: Config, place: Place) -> Start:
     commit = first_usable(chosen.candidates, place)
     if commit is None and chosen.candidates and not chosen.demanded:
         raise CheckpointError(
-            f"{chosen.folder}: none of the {len(chosen.candidates)} commits there can be used: nothing is begun anew over "
-            "them; look at the warnings and the disk, or start a new run with train.resume=never"
+            f"{chosen.folder}: none of the {len(chosen.candidates)} commits there can be used: nothing is begun anew "
+            "over them; look at the warnings and the disk, or start a new run with train.resume=never"
         )
     if commit is None and chosen.demanded:
         raise CheckpointError(
