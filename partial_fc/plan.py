@@ -135,6 +135,8 @@ class RunPlan:
     """Share of the classes that a step draws; 1: by ``number``."""
     number: int | None
     """How many it draws; None: by ``rate``."""
+    stages: bool
+    """Whether commits are written from a copy."""
 
     def at(self, num_classes: int, ranks: int | None = None) -> HeadPlan:
         """The head with so many classes, on so many ranks (with as many rows on each as before)."""
@@ -173,6 +175,8 @@ class RunPlan:
 
     def staged(self, head: HeadPlan) -> int:
         """Bytes on the host of the copy that a commit is written from; rank 0's, which saves the backbone."""
+        if not self.stages:
+            return 0
         return footprint.staged(head) + self.backbone.parameters + self.backbone.buffers + self.backbone.state
 
     def most_classes(self, ranks: int) -> int:
@@ -267,7 +271,8 @@ def plan_run(config: Config, machine: Machine, ranks: int) -> RunPlan:
         f"d = {head.size}, products in {products}, centres by {optimizer} "
         f"{'in backward' if in_backward else 'in two phases'}; {machine.name}, {show_bytes(machine.memory)} a rank"
     )
-    return RunPlan(title, machine, plan_backbone(config, precision), head, section.sample_rate, section.sampled_classes)
+    backbone, stages = plan_backbone(config, precision), config.checkpoint.background
+    return RunPlan(title, machine, backbone, head, section.sample_rate, section.sampled_classes, stages)
 
 
 def _precision(config: Config, machine: Machine) -> torch.dtype:

@@ -68,7 +68,7 @@ class Saver:
         state: what to save.
         keep_last: how many of the newest commits stay.
         keep_best: whether the one of the best accuracy stays.
-        background: False: :meth:`save` returns when the commit is there.
+        background: False: :meth:`save` returns when the commit is there, and no copy is made.
         timeout: for what the ranks agree on in :meth:`save`; None: the library's.
     """
 
@@ -87,7 +87,8 @@ class Saver:
         # The thread talks in its own group; what the training asks meanwhile goes through another.
         self._writers, self._askers = _Ranks(_WRITE_TIMEOUT), _Ranks(timeout)
         self._staging = _Staging()
-        self._staging.reserve({**state.coming(), **state.tensors()})
+        if background:
+            self._staging.reserve({**state.coming(), **state.tensors()})
         self._thread: threading.Thread | None = None
         self._done: deque[Saved] = deque()
         self._stop = threading.Event()
@@ -119,7 +120,8 @@ class Saver:
         staged: dict[str, Tensor] = {}
         problem: Exception | None = None
         try:
-            staged = self._staging.copy(self._state.tensors())
+            tensors = self._state.tensors()
+            staged = self._staging.copy(tensors) if self._background else tensors
         except (RuntimeError, MemoryError) as error:  # The other ranks wait for this one in the thread.
             problem = error
         copied = time.perf_counter() - started

@@ -248,21 +248,30 @@ def test_the_commit_holds_what_was_there_when_save_returned(tmp_path: Path, monk
 
 def test_buffers_are_made_once_and_follow_what_is_saved(tmp_path: Path):
     run = Run(optimizer="adam")
-    saving = Saver(tmp_path, run.state, keep_last=1, keep_best=False, background=False)
+    saving = Saver(tmp_path, run.state, keep_last=1, keep_best=False)
     staged = saving.staged_bytes
     run.step(0)
-    saving.save(run.info(1))
+    saving.save(run.info(1), wait=True)
     addresses = {name: buffer.data_ptr() for name, buffer in saving._staging._buffers.items()}
     # The counts of the backbone's Adam came with the first step, 4 bytes each.
     assert staged <= saving.staged_bytes == run.state.bytes <= staged + 64
-    saving.save(run.info(2))
+    saving.save(run.info(2), wait=True)
     assert addresses == {name: buffer.data_ptr() for name, buffer in saving._staging._buffers.items()}
     other = Run(classes=19, optimizer="adam")
     saving._state = other.state
     taken = clones(other)
-    saving.save(other.info(3))
+    saving.save(other.info(3), wait=True)
     assert same(taken, read_whole(list_commits(tmp_path)[0], taken))
     saving.close()
+
+
+def test_in_the_foreground_nothing_is_copied(tmp_path: Path):
+    run = Run()
+    run.step(0)
+    saving = Saver(tmp_path, run.state, keep_last=1, keep_best=False, background=False)
+    assert saving.save(run.info(1)) and saving.staged_bytes == 0
+    taken = clones(run)
+    assert same(taken, read_whole(list_commits(tmp_path)[0], taken))
 
 
 def test_old_commits_go_and_the_best_stays(tmp_path: Path):
