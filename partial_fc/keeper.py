@@ -162,13 +162,17 @@ class Keeper:
         """Commit at the end of this step, or as soon as an earlier one is written."""
         self._owed = True
 
-    def commit(self) -> Saved | None:
-        """Commit now, and wait until it's there (or failed)."""
+    def commit(self, *, veto: bool = False) -> Saved | None:
+        """Commit now, and wait until it's there (or failed).
+
+        Args:
+            veto: don't, on any rank: this state is no good.
+        """
         start, progress = self._start.commit, self._kept.progress
         if start is not None and start.step == progress.step:
             return None
         self._is_best()
-        self._saver.save(self._info(), wait=True)
+        self._saver.save(self._info(), wait=True, veto=veto)
         self._owed = False
         return self._report()
 

@@ -120,7 +120,7 @@ class Trainer:
                 self.council.drain()
                 with self.watchdog.paused():
                     if not ended:
-                        keeper.commit()
+                        keeper.commit(veto=self.kept.watch.in_trouble)
                         keeper.close()
                         status.write("resume", progress.step)
                         journal.say(
@@ -227,10 +227,13 @@ class _Loop:
             if SAVE in asked:
                 self._keeper.owe()
             if not last:
-                self._keeper.after_step()
+                # Some commits are waited for, as long as the disk takes.
+                with trainer.watchdog.paused():
+                    self._keeper.after_step()
                 if STOP in asked:
                     return False
-        return True
+        # A signal in the last step: what is left is done by the next start.
+        return STOP not in council.drain()
 
     def evaluate(self) -> dict[str, VerificationResult]:
         """Verification of the state as it is."""
