@@ -43,7 +43,7 @@ class Journal:
         self._console = Console(soft_wrap=True, highlight=False)
         self._begin = time.monotonic()
         self._file = _open_to_append(folder / _FILE) if active else None
-        self._full = False
+        self._full = self._mute = False
         self._bar: Progress | None = None
         if active and self._console.is_terminal:
             self._bar = Progress(
@@ -76,7 +76,13 @@ class Journal:
     def say(self, text: str) -> None:
         """Print a line."""
         if self._active:
-            self._console.print(text, markup=False)
+            try:
+                self._console.print(text, markup=False)
+            except OSError as error:
+                # Standard output goes to a disk that is full: the run is worth more than its log.
+                if not self._mute:
+                    self.warn(f"standard output can't be written ({error.strerror}): lines are missing there")
+                self._mute = True
 
     def warn(self, text: str) -> None:
         """Log a warning."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from partial_fc.build import Place
-from partial_fc.checkpoint import Commit, Saved, Saver, TrainingState, discard_after, list_commits, step_of
+from partial_fc.checkpoint import Commit, Saver, TrainingState, discard_after, list_commits, step_of
 from partial_fc.config import Config
 from partial_fc.council import Council
 from partial_fc.divergence import DivergenceWatch
@@ -23,9 +23,11 @@ from partial_fc.head import PartialFC
 from partial_fc.journal import Journal, read_journal
 from partial_fc.loss_scale import LossScale
 from partial_fc.metrics import TrainingMetrics
-from partial_fc.ranks import agreed, from_first
-from partial_fc.run_folder import Start, Status, first_usable
+from partial_fc.ranks import agreed_while, from_first
+from partial_fc.run_folder import Start, first_usable
 
+# How often, and how many seconds apart, the last commit of a run is tried. An elastic agent kills 30 s after a signal.
+_LAST_ATTEMPTS, _LAST_SECONDS = 3, 3.0
 # What a rank may ask of all of them: see Council.
 SAVE, STOP, DIVERGED = "save", "stop", "diverged"
 
@@ -79,7 +81,6 @@ class Keeper:
         council: how ranks agree.
         journal: for lines.
         metrics: for counters.
-        status: of the run.
     """
 
     def __init__(
@@ -93,11 +94,10 @@ class Keeper:
         council: Council,
         journal: Journal,
         metrics: TrainingMetrics,
-        status: Status,
     ) -> None:
         self._config, self._place, self._start, self._state = config, place, start, state
         self._kept, self._head, self._council = kept, head, council
-        self._journal, self._metrics, self._status = journal, metrics, status
+        self._journal, self._metrics, self._status = journal, metrics, start.status
         section = config.checkpoint
         self._saver = Saver(
             start.commits,
@@ -111,6 +111,7 @@ class Keeper:
         self._due_at = self._next_time()
         self._resolved = config.model_dump(mode="json")
         self._went_back_to: int | None = None
+        self._committed = None if start.commit is None else start.commit.step
 
     @property
     def due(self) -> bool:
@@ -138,12 +139,19 @@ class Keeper:
             self._metrics.record_resume(commit.step)
         if self._start.resumes:
             # What was lowered stays so, even where nothing was committed since.
-            for entry in from_first(lambda: read_journal(self._start.folder / "metrics.jsonl")):
-                if entry["kind"] == "rollback":
-                    progress.rate_factor = min(progress.rate_factor, entry["learning_rate_factor"])
-                    progress.rollbacks = max(progress.rollbacks, entry["rollbacks"])
+            lowered = from_first(self._last_factor)
+            if lowered is not None:
+                progress.rate_factor, progress.rollbacks = lowered
+        self._look_at_rates(commit)
         if commit is not None or self._start.resumes:
-            self._journal.record("resumed", progress.step, samples=progress.samples, world_size=self._place.world_size)
+            self._journal.record(
+                "resumed",
+                progress.step,
+                samples=progress.samples,
+                world_size=self._place.world_size,
+                learning_rate_factor=progress.rate_factor,
+                rollbacks=progress.rollbacks,
+            )
 
     def after_step(self) -> None:
         """Commit where one is due, and say what came of the last."""
@@ -154,7 +162,7 @@ class Keeper:
             self._due_at = self._next_time()
         if self._is_best():
             # The accuracy is that of this very state: it can't wait for an earlier save.
-            self.commit()
+            self._commit()
         elif self._owed:
             self._owed = not self._saver.save(self._info(), veto=self._kept.watch.in_trouble)
 
@@ -162,19 +170,56 @@ class Keeper:
         """Commit at the end of this step, or as soon as an earlier one is written."""
         self._owed = True
 
-    def commit(self, *, veto: bool = False) -> Saved | None:
-        """Commit now, and wait until it's there (or failed).
+    def commit_at_the_end(self, *, veto: bool = False) -> int | None:
+        """Commit now, unless this very step is committed, and wait until it's there; a few times where it fails.
 
         Args:
             veto: don't, on any rank: this state is no good.
+
+        Returns:
+            Steps done at the last commit there is; None: there is none.
         """
-        start, progress = self._start.commit, self._kept.progress
-        if start is not None and start.step == progress.step:
-            return None
-        self._is_best()
-        self._saver.save(self._info(), wait=True, veto=veto)
+        progress = self._kept.progress
+        self._saver.finish()
+        self._report()
+        if self._committed != progress.step or self._is_best():
+            for attempt in range(_LAST_ATTEMPTS):
+                if not self._commit(veto=veto) or self._committed == progress.step:
+                    break
+                time.sleep(_LAST_SECONDS if attempt + 1 < _LAST_ATTEMPTS else 0)
+        return self._committed
+
+    def _commit(self, *, veto: bool = False) -> bool:
+        """Commit now, and wait until it's there (or failed); whether it was tried."""
+        tried, progress = self._saver.save(self._info(), wait=True, veto=veto), self._kept.progress
         self._owed = False
-        return self._report()
+        self._report()
+        if self._committed == progress.step and self._is_best():
+            progress.best = progress.accuracy
+        return tried
+
+    def _last_factor(self) -> tuple[float, int] | None:
+        """What the run's last start or rollback left of the learning rates, and the count of rollbacks."""
+        for line in reversed(read_journal(self._start.folder / "metrics.jsonl")):
+            if line["kind"] in ("rollback", "resumed") and "learning_rate_factor" in line:
+                return line["learning_rate_factor"], line["rollbacks"]
+        return None
+
+    def _look_at_rates(self, commit: Commit | None) -> None:
+        """Learning rates that somebody has changed since count as they are written; else say what rollbacks left."""
+        progress = self._kept.progress
+        if progress.rollbacks == 0:
+            return
+        before = {} if commit is None else commit.info["config"].get("optim", {})
+        now = self._resolved["optim"]
+        if any(key in before and before[key] != now[key] for key in ("learning_rate", "head_learning_rate")):
+            progress.rate_factor, progress.rollbacks = 1.0, 0
+            self._journal.say("              optim has other learning rates: rollbacks count from 0 again")
+            return
+        self._journal.say(
+            f"              learning rates x {progress.rate_factor:g} after {progress.rollbacks} rollbacks "
+            f"(train.max_rollbacks={self._config.train.max_rollbacks})"
+        )
 
     def roll_back(self) -> None:
         """Go back to the last commit, with lower learning rates; the stream's position is left to the caller.
@@ -198,7 +243,7 @@ class Keeper:
             )
         self._load(commit)
         from_first(lambda: discard_after(self._start.commits, commit.step))
-        self._went_back_to = commit.step
+        self._went_back_to = self._committed = commit.step
         progress.rate_factor, progress.rollbacks = factor * section.rollback_factor, rollbacks
         self._kept.watch.reset()
         self._owed = False
@@ -218,17 +263,17 @@ class Keeper:
 
     def _candidates(self) -> list[Path]:
         """Commits to go back to, on rank 0."""
-        folders = list_commits(self._start.commits)
+        folders, start = list_commits(self._start.commits), self._start.commit
+        if start is not None and start.folder not in folders:
+            folders.append(start.folder)
         # Where nothing was committed since the last return, that state leads to the same place: older ones come first.
         suspect = [folder for folder in folders if step_of(folder) == self._went_back_to]
         return [folder for folder in folders if folder not in suspect] + suspect
 
     def _is_best(self) -> bool:
+        """Whether the state has the best accuracy so far, of those that were committed."""
         accuracy, best = self._kept.progress.accuracy, self._kept.progress.best
-        if not self._config.checkpoint.keep_best or accuracy is None or (best is not None and accuracy <= best):
-            return False
-        self._kept.progress.best = accuracy
-        return True
+        return self._config.checkpoint.keep_best and accuracy is not None and (best is None or accuracy > best)
 
     def _next_time(self) -> float | None:
         minutes = self._config.checkpoint.every_minutes
@@ -250,7 +295,7 @@ class Keeper:
             "learning_rate_factor": kept.progress.rate_factor,
             "rollbacks": kept.progress.rollbacks,
             "accuracy": kept.progress.accuracy,
-            "best": kept.progress.best,
+            "best": kept.progress.accuracy if self._is_best() else kept.progress.best,
             "config": self._resolved,
             "versions": {
                 "partial_fc": metadata.version("partial_fc"),
@@ -261,7 +306,9 @@ class Keeper:
         }
 
     def _load(self, commit: Commit) -> list[str]:
-        lines = agreed(lambda: self._state.load(commit.folder, commit.info))
+        # Many gigabytes take one rank longer than another, and all of them longer than a collective may.
+        lines = agreed_while(lambda: self._state.load(commit.folder, commit.info), mine=True)
+        assert lines is not None
         info: Mapping[str, Any] = commit.info
         self._kept.scale.load_state_dict(info.get("loss_scale") or {})
         if info.get("watch"):
@@ -273,30 +320,23 @@ class Keeper:
         progress.accuracy, progress.best = info.get("accuracy"), info.get("best")
         return lines
 
-    def _report(self) -> Saved | None:
-        """Say what came of a save that is done since the last call."""
-        saved = self._saver.outcome()
-        if saved is None:
-            return None
-        self._metrics.record_commit(
-            saved.step,
-            saved.seconds,
-            copy_seconds=saved.copy_seconds,
-            size=saved.bytes,
-            failed=saved.failure is not None,
-        )
-        if saved.failure is None:
+    def _report(self) -> None:
+        """Say what came of the saves that are done since the last call."""
+        while (saved := self._saver.outcome()) is not None:
+            failed = saved.failure is not None
+            self._metrics.record_commit(
+                saved.step, saved.seconds, copy_seconds=saved.copy_seconds, size=saved.bytes, failed=failed
+            )
+            if failed:
+                self._journal.warn(
+                    f"step {saved.step} could not be committed ({saved.failure}): the last commit stays"
+                )
+                self._due_at = time.monotonic() + self._config.checkpoint.retry_seconds
+                continue
+            self._committed = saved.step
             if self._went_back_to is not None and saved.step > self._went_back_to:
                 self._went_back_to = None
             self._status.write("running", self._kept.progress.step, committed=saved.step)
             self._journal.record("commit", saved.step, write_seconds=saved.seconds, copy_seconds=saved.copy_seconds)
             if saved.note is not None:
                 self._journal.warn(saved.note)
-        else:
-            again = self._config.checkpoint.retry_seconds
-            self._journal.warn(
-                f"step {saved.step} could not be committed ({saved.failure}): the last commit stays, the run goes on, "
-                f"and it's tried again in {again:g} s"
-            )
-            self._due_at = time.monotonic() + again
-        return saved

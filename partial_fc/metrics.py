@@ -76,7 +76,7 @@ class TrainingMetrics:
         self._commit_time = self._gauge("commit_timestamp_seconds", "When the last commit was done (Unix time).")
         self._commit_seconds = self._gauge("commit_seconds", "Seconds from the last commit's copy until it was there.")
         self._copy_seconds = self._gauge("commit_copy_seconds", "Seconds that its copy delayed the training.")
-        self._commit_bytes = self._gauge("commit_bytes", "Bytes of this rank in the last commit.")
+        self._commit_bytes = self._gauge("commit_bytes", "Bytes of the last commit, those of all ranks.")
         self._resumed_step = self._gauge("resumed_step", "Steps done at the commit that this process went on from.")
         self._rollbacks = self._counter("rollbacks", "Returns to the last commit after a divergence.")
         self._stalled = self._gauge("stalled", "1 while this rank makes no progress, else 0.")
@@ -186,7 +186,7 @@ class TrainingMetrics:
             step: steps done at it.
             seconds: from its copy until it was there, or failed.
             copy_seconds: that it delayed the training.
-            size: bytes of this rank.
+            size: bytes, of all ranks.
             failed: whether it could not be written.
         """
         if failed:

@@ -25,8 +25,9 @@ class Preemption:
     each signal into a socket, and a daemon thread reads it. The same signal again within ``settle_seconds`` is the same
     request: a scheduler signals every process of a job, and torchrun's agent then passes on what it got itself.
 
-    The old handlers are back after the block. Outside of the main thread, where handlers can't be installed, the block
-    changes nothing, and ``requested`` stays None. Forked children don't inherit any of it.
+    The old handlers are back after the block, but where it ends in order after a request: then all stays until the
+    process ends, so that its exit code is 0 though the signal comes again. Outside of the main thread, where handlers
+    can't be installed, the block changes nothing, and ``requested`` stays None. Forked children inherit none of it.
 
     Args:
         local_rank: local rank 0 says on stderr that a request was heard; every process says that it ends at once.
@@ -64,6 +65,13 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Else the process is ending: a request that comes again must not end it with a failure, which would make an
+        # elastic agent start the job again.
+        if self._requested is None or kind is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Put the old handlers back."""
         if self._thread is None or self._read is None or self._write is None:
             return
         self._restore()

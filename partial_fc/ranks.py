@@ -66,7 +66,8 @@ def agreed(action: Callable[[], T]) -> T:
     try:
         result = action()
     except OSError as error:
-        failure = DataError(f"{error.filename}: {error.strerror}: check the path and its permissions")
+        where = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        failure = DataError(f"{where}: check the path and its permissions")
     except Exception as error:  # The others must hear of it, whatever it is; this rank raises it below.
         failure = error
     told = failure if failure is None or isinstance(failure, PartialFCError) else _told(failure)

@@ -1,21 +1,15 @@
-"""A run's folder: which one a start uses, what it goes on from, and its status for whoever looks at it.
-
-``status.json`` says where the run stands: ``running`` (also after its processes were killed), ``resume`` (saved and
-ended on a signal: start the same command again), ``finished``, or ``failed`` (starting again fails likewise).
-"""
+"""A run's folder: which one a start uses, and what it goes on from."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -24,9 +18,12 @@ from partial_fc.checkpoint import Commit, clean, list_commits, read_commit
 from partial_fc.config import Config
 from partial_fc.errors import CheckpointError, ConfigError, PartialFCError
 from partial_fc.ranks import agreed, agreed_while, from_first
+from partial_fc.run_status import Status, hold, read_status, restarted, this_agent
 
 # A network file system may show a new file later on other machines.
 _SHARED_SECONDS = 30.0
+# What train.resume may be beside a folder.
+_WORDS = ("auto", "never")
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +35,17 @@ class Start(NamedTuple):
         folder: the run's.
         commit: what to go on from; None: from the beginning.
         resumes: whether the run has been here before.
+        finished: whether the job that is started again has finished the run already.
+        status: of the run.
+        lock: of the folder, on rank 0; close it at the end.
     """
 
     folder: Path
     commit: Commit | None
     resumes: bool
+    finished: bool
+    status: Status
+    lock: IO[str] | None
 
     @property
     def commits(self) -> Path:
@@ -50,48 +53,24 @@ class Start(NamedTuple):
         return self.folder / "checkpoints"
 
 
-class Status:
-    """``status.json`` of a run, written by rank 0; on other ranks every method does nothing.
-
-    Args:
-        folder: the run's.
-        steps: of the whole run.
-        origin: ``train.resume`` of the start.
-        active: whether this is rank 0.
-    """
-
-    def __init__(self, folder: Path, steps: int, origin: str, *, active: bool) -> None:
-        self._path, self._active = folder / "status.json", active
-        self._content: dict[str, Any] = {"steps": steps, "origin": origin, "job": _job(), "world_size": None}
-
-    def write(self, state: str, step: int, **more: Any) -> None:
-        """Replace the status; a disk that is full costs a warning, not the run."""
-        if not self._active:
-            return
-        self._content |= {"state": state, "step": step, "updated": _now(), **more}
-        other = self._path.with_suffix(".json.new")
-        try:
-            other.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-            os.replace(other, self._path)
-        except OSError as error:
-            _log.warning("%s can't be written (%s): the status there is an older one", self._path, error.strerror)
-
-
 def open_run_folder(config: Config, place: Place) -> Start:
     """Choose the run's folder by ``train.resume``, make it where it isn't there, and find the commit to go on from.
 
     Collective. Rank 0 decides; the checksums of the commit are checked by all ranks, each some files. A commit that
-    can't be used is named in a warning, and the one before it is taken.
+    can't be used is named in a warning, and the one before it is taken. Nothing is made before there is one where
+    one is asked for.
 
     Raises:
         ConfigError: a rank doesn't see the folder: it must be on a file system that all share.
-        CheckpointError: ``train.resume`` names a folder without a usable commit.
-        PartialFCError: the run failed, and its job only started it again.
+        CheckpointError: ``train.resume`` names a folder without a usable commit, or none of the run's own is usable.
+        PartialFCError: the run failed, and its job only started it again; or another job writes it.
     """
-    chosen = from_first(lambda: _choose(config))
-    agreed(lambda: _await(chosen.folder / "config.yaml", config))
-    commit = first_usable(chosen.candidates, place)
-    if commit is None and chosen.candidates and not chosen.demanded:
+    agents = [this_agent()] * place.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(agents, agents[0])
+    chosen = from_first(lambda: _choose(config, agents))
+    commit = None if chosen.finished else first_usable(chosen.candidates, place)
+    if commit is None and chosen.candidates and not chosen.finished and not chosen.demanded:
         raise CheckpointError(
             f"{chosen.folder}: none of the {len(chosen.candidates)} commits there can be used: nothing is begun anew "
             "over them; look at the warnings and the disk, or start a new run with train.resume=never"
@@ -101,7 +80,16 @@ def open_run_folder(config: Config, place: Place) -> Start:
             f"train.resume is {config.train.resume!r}, and no usable commit is there: expected auto, never, the folder "
             "of a commit (step-...), or a run's folder"
         )
-    return Start(chosen.folder, commit, chosen.resumes)
+    made = agreed_while(lambda: _enter(config, chosen.folder, chosen.finished), mine=place.rank == 0)
+    folder, lock = (None, None) if made is None else made
+    folder = from_first(lambda: folder)
+    assert folder is not None
+    agreed(lambda: _await(folder / "config.yaml", config))
+    known = sorted({agent for agent in agents if agent is not None})
+    status = Status(folder, active=place.rank == 0, name=config.train.name, origin=config.train.resume, agents=known)
+    if not chosen.finished:
+        status.write("running", 0 if commit is None else commit.step, committed=None if commit is None else commit.step)
+    return Start(folder, commit, chosen.resumes, chosen.finished, status, lock)
 
 
 def first_usable(candidates: Sequence[Path], place: Place) -> Commit | None:
@@ -109,7 +97,7 @@ def first_usable(candidates: Sequence[Path], place: Place) -> Commit | None:
 
     Collective. Rank 0 warns of each that isn't.
     """
-    for folder in candidates:
+    for number, folder in enumerate(candidates, start=1):
 
         def look(folder: Path = folder) -> tuple[Commit | None, str | None]:
             try:
@@ -127,36 +115,54 @@ def first_usable(candidates: Sequence[Path], place: Place) -> Commit | None:
         if reason is None:
             return seen[0]
         if place.rank == 0:
-            _log.warning("%s: this commit is not used, the one before it is", reason)
+            other = "the one before it is" if number < len(candidates) else "and there is none before it"
+            _log.warning("%s: this commit is not used, %s", reason, other)
     return None
 
 
 class _Choice(NamedTuple):
-    folder: Path
+    """The run's folder (None: a new one is made), and what may be gone on from, the best first."""
+
+    folder: Path | None
     candidates: list[Path]
-    demanded: bool
-    resumes: bool
+    demanded: bool = False
+    resumes: bool = False
+    finished: bool = False
 
 
-def _choose(config: Config) -> _Choice:
+def _choose(config: Config, agents: Sequence[str | None]) -> _Choice:
     resume, root = config.train.resume, Path(config.train.run_dir)
     name = config.train.name
     assert name is not None
-    named = [] if resume in ("auto", "never") else _named_commits(Path(resume))
-    last = _last_folder(root, name)
-    status = _read_status(last) if last is not None else {}
-    if last is not None and _goes_on(status, resume):
-        if status.get("state") == "failed" and _restarted(status):
-            raise PartialFCError(f"{last}: the run failed before this restart: {status.get('reason')}")
-        clean(last / "checkpoints")
-        own = list_commits(last / "checkpoints")
-        choice = _Choice(last, own + named, bool(named), True)
-    else:
-        choice = _Choice(_new_folder(root, name), named, resume not in ("auto", "never"), False)
-    (choice.folder / "checkpoints").mkdir(exist_ok=True)
+    named = [] if resume in _WORDS else _named_commits(Path(resume))
+    last, status = _last_run(root, name, agents)
+    if last is None:
+        return _Choice(None, named, demanded=resume not in _WORDS)
+    again, state = restarted(status, agents), status.get("state")
+    if again and state == "failed":
+        raise PartialFCError(f"{last}: the run failed before this restart: {status.get('reason')}")
+    if again and state == "finished":
+        return _Choice(last, [], resumes=True, finished=True)
+    # Another run is asked for, but for restarts of the job that began this one.
+    if state != "finished" and (again or resume == "auto" or status.get("origin") == resume != "never"):
+        return _Choice(last, list_commits(last / "checkpoints") + named, demanded=bool(named), resumes=True)
+    return _Choice(None, named, demanded=resume not in _WORDS)
+
+
+def _enter(config: Config, folder: Path | None, finished: bool) -> tuple[Path, IO[str] | None]:
+    """Make the folder where it's new, and lock it."""
+    name = config.train.name
+    assert name is not None
+    if folder is None:
+        folder = _new_folder(Path(config.train.run_dir), name)
+    if finished:
+        return folder, None
+    lock = hold(folder)
+    clean(folder / "checkpoints")
+    (folder / "checkpoints").mkdir(exist_ok=True)
     # Last: the other ranks wait for this file.
-    config.dump(choice.folder / "config.yaml")
-    return choice
+    config.dump(folder / "config.yaml")
+    return folder, lock
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -187,15 +193,23 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _last_folder(root: Path, name: str) -> Path | None:
-    """The folder ``name`` or ``name-N`` with the highest number."""
-    numbers = []
+def _last_run(root: Path, name: str, agents: Sequence[str | None]) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the last run of this name, and its status.
+
+    A folder ``name-2`` may belong to a run that has this name itself; and one whose start failed before its first
+    commit holds nothing to go on with, though a restart of its job must know of it.
+    """
+    runs: list[tuple[int, Path, dict[str, Any]]] = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(root):
             found = re.fullmatch(rf"{re.escape(name)}(?:-([1-9]\d*))?", entry.name)
-            if found and (Path(entry.path) / "config.yaml").is_file():
-                numbers.append((int(found[1] or 1), Path(entry.path)))
-    return max(numbers)[1] if numbers else None
+            status = read_status(Path(entry.path)) if found else None
+            if found and status is not None and status.get("name") == name:
+                runs.append((int(found[1] or 1), Path(entry.path), status))
+    for _, folder, status in sorted(runs, key=lambda run: -run[0]):
+        if restarted(status, agents) or status.get("state") != "failed" or list_commits(folder / "checkpoints"):
+            return folder, status
+    return None, {}
 
 
 def _new_folder(root: Path, name: str) -> Path:
@@ -206,36 +220,6 @@ def _new_folder(root: Path, name: str) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-
-
-def _goes_on(status: Mapping[str, Any], resume: str) -> bool:
-    """Whether a start goes on in the folder with this status."""
-    if status.get("state") == "finished":
-        return False
-    if resume == "auto":
-        return True
-    # A new run is asked for; but a restart within the job that began one goes on with it.
-    return _restarted(status) if resume == "never" else status.get("origin") == resume
-
-
-def _restarted(status: Mapping[str, Any]) -> bool:
-    job = _job()
-    return status.get("job") == job and (job is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
-
-
-def _job() -> str | None:
-    """What torchrun calls the job, the same for all its restarts; None where it has no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name in (None, "", "none") else name
-
-
-def _read_status(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # A run of before there was one, or that was killed at its start.
-        return {"state": "finished"} if (folder / "model" / ".metadata").is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def _named_commits(folder: Path) -> list[Path]:
@@ -254,7 +238,3 @@ def _await(file: Path, config: Config) -> None:
                 f"{_SHARED_SECONDS:g} s: expected a folder that all machines share"
             )
         time.sleep(0.2)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

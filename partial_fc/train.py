@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 import time
@@ -19,7 +20,7 @@ from partial_fc.config import Config
 from partial_fc.council import Council
 from partial_fc.data import Sources
 from partial_fc.divergence import DivergenceWatch
-from partial_fc.errors import ConfigError, LabelError, NonFiniteError
+from partial_fc.errors import CheckpointError, ConfigError, LabelError, NonFiniteError
 from partial_fc.evaluate import VerificationResult
 from partial_fc.head import HeadStats
 from partial_fc.journal import Journal
@@ -29,13 +30,13 @@ from partial_fc.phases import PhaseTimer
 from partial_fc.preemption import Preemption
 from partial_fc.progress import progress_bar
 from partial_fc.ranks import agreed, agreed_while, from_first
-from partial_fc.run_folder import Start, Status, differences, open_run_folder
+from partial_fc.run_folder import Start, differences, open_run_folder
 from partial_fc.training_step import Outcome, TrainingStep
 from partial_fc.verify import describe, evaluate_sets, verification_sets
 from partial_fc.watchdog import Watchdog
 
 # Errors that a start of the same command meets again.
-_LASTING = (ConfigError, LabelError, NonFiniteError)
+_LASTING = (ConfigError, LabelError, NonFiniteError, CheckpointError)
 
 
 class Trainer:
@@ -96,48 +97,58 @@ class Trainer:
         Returns:
             The last evaluation by set; None where a signal ended the run, which is saved then.
         """
-        config, place, progress = self.config, self.place, self.kept.progress
+        config, place = self.config, self.place
         metrics = TrainingMetrics(place.rank, place.world_size, place.local_rank)
         first = 0 if self.start.commit is None else self.start.commit.step
-        journal = Journal(self.folder, self.steps, active=place.rank == 0, first_step=first)
-        status = Status(self.folder, self.steps, config.train.resume, active=place.rank == 0)
+        journal = agreed(lambda: Journal(self.folder, self.steps, active=place.rank == 0, first_step=first))
         state = TrainingState(self.backbone, self.head, *self.optimizers)
         metrics.watch_stalls(lambda: self.watchdog.stalled)
         preemption = Preemption(local_rank=place.local_rank, rank=place.rank)
-        with journal, metrics, self.stream, preemption, self.watchdog:
+        with contextlib.ExitStack() as opened:
+            for resource in (journal, metrics, self.stream, preemption, self.watchdog):
+                opened.enter_context(resource)
+            if self.start.lock is not None:
+                opened.enter_context(self.start.lock)
+            if self.start.finished:
+                journal.say(f"{self.folder}: the run is finished already, its job was only started again")
+                return None
             if config.metrics.enabled:
                 agreed(lambda: metrics.start(config.metrics.port, config.metrics.address))
             self._announce(journal, metrics)
-            keeper = Keeper(
-                config, place, self.start, state, self.kept, self.head, self.council, journal, metrics, status
-            )
+            keeper = Keeper(config, place, self.start, state, self.kept, self.head, self.council, journal, metrics)
             try:
-                keeper.resume(num_images=self.num_samples)
-                self.stream.seek(progress.samples)
-                status.write("running", progress.step, world_size=place.world_size)
-                loop = _Loop(self, journal, metrics, keeper, preemption)
-                ended = loop.run()
-                self.council.drain()
-                with self.watchdog.paused():
-                    if not ended:
-                        keeper.commit(veto=self.kept.watch.in_trouble)
-                        keeper.close()
-                        status.write("resume", progress.step)
-                        journal.say(
-                            f"{preemption.requested or 'a signal to another rank'} ended the run after step "
-                            f"{progress.step}: start the same command again to go on"
-                        )
-                        return None
-                results = loop.evaluate()
-                with self.watchdog.paused():
-                    keeper.commit()
-                    keeper.close()
-                    self._save_model(journal)
-                status.write("finished", progress.step)
+                return self._train(_Loop(self, journal, metrics, keeper, preemption), journal, keeper, preemption)
             except _LASTING as error:
-                status.write("failed", progress.step, reason=str(error))
+                self.start.status.write("failed", self.kept.progress.step, reason=str(error))
                 raise
+
+    def _train(
+        self, loop: _Loop, journal: Journal, keeper: Keeper, preemption: Preemption
+    ) -> dict[str, VerificationResult] | None:
+        progress, status = self.kept.progress, self.start.status
+        with self.watchdog.paused():
+            keeper.resume(num_images=self.num_samples)
+        self.stream.seek(progress.samples)
+        status.write("running", progress.step, steps=self.steps, world_size=self.place.world_size)
+        if not loop.run():
+            self._end_on_signal(journal, keeper, preemption)
+            return None
+        results = loop.evaluate()
+        with self.watchdog.paused():
+            keeper.commit_at_the_end()
+            keeper.close()
+            self._save_model(journal)
+        status.write("finished", progress.step)
         return results
+
+    def _end_on_signal(self, journal: Journal, keeper: Keeper, preemption: Preemption) -> None:
+        signal, step = preemption.requested or "a signal to another rank", self.kept.progress.step
+        with self.watchdog.paused():
+            committed = keeper.commit_at_the_end(veto=self.kept.watch.in_trouble)
+            keeper.close()
+        self.start.status.write("resume", step)
+        where = "nothing is committed" if committed is None else f"the last commit is of step {committed}"
+        journal.say(f"{signal} ended the run after step {step}, {where}: start the same command again to go on")
 
     def _save_model(self, journal: Journal) -> None:
         folder = self.folder / "model"
@@ -176,7 +187,8 @@ class Trainer:
         )
         commit = self.start.commit
         if commit is not None:
-            journal.say(f"goes on       from step {commit.step}, {commit.folder}")
+            left = "" if commit.step < self.steps else f": none of the {self.steps} steps is left"
+            journal.say(f"goes on       from step {commit.step}, {commit.folder}{left}")
             for line in differences(commit.info["config"], config.model_dump(mode="json")):
                 journal.say(f"              {line}")
 
@@ -194,14 +206,22 @@ class _Loop:
         self._unread: list[tuple[int, Outcome]] = []
         self._figures: dict[str, Any] = {}
         self._seconds: list[dict[str, float]] = []
-        self._logged, self._logged_at = self._progress.step, time.perf_counter()
+        self._logged, self._logged_at = 0, 0.0
         self._diverged: str | None = None
 
     def run(self) -> bool:
         """Train to the last step, or until a signal; whether it was the last step."""
         trainer, progress, every = self._trainer, self._progress, self._config.evaluate.every_steps
         council = trainer.council
-        while progress.step < trainer.steps:
+        self._logged, self._logged_at = progress.step, time.perf_counter()
+        while True:
+            if progress.step >= trainer.steps:
+                asked = council.drain()
+                if DIVERGED not in asked:
+                    # After a signal in the last step the next start does what is left.
+                    return STOP not in asked
+                self._go_back()
+                continue
             rates = trainer.set_learning_rates()
             outcome = trainer.training_step.run(progress.step)
             self._unread.append((progress.step, outcome))
@@ -224,16 +244,17 @@ class _Loop:
             if DIVERGED in asked:
                 self._go_back()
                 continue
+            if asked and self._unread:
+                self._read(rates)
             if SAVE in asked:
                 self._keeper.owe()
             if not last:
                 # Some commits are waited for, as long as the disk takes.
                 with trainer.watchdog.paused():
                     self._keeper.after_step()
-                if STOP in asked:
-                    return False
-        # A signal in the last step: what is left is done by the next start.
-        return STOP not in council.drain()
+            if STOP in asked:
+                council.drain()
+                return False
 
     def evaluate(self) -> dict[str, VerificationResult]:
         """Verification of the state as it is."""
@@ -331,6 +352,7 @@ class _Loop:
             **figures,
         )
         shown = {"loss": figures["loss"], "cos": figures["target_cosine"], "sv": figures["support_vectors_per_sample"]}
+        self._trainer.start.status.write("running", step)
         self._journal.show(step, {**shown, "lr": rates["backbone"], "img/s": speed})
 
 

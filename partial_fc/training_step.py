@@ -151,7 +151,13 @@ class TrainingStep:
             with phase("head"):
                 # The head's graph is cut off, so that its time is told from the backbone's.
                 leaf = embeddings.detach().requires_grad_()
-                loss: Tensor = self._head(leaf, batch.labels)
+                try:
+                    loss: Tensor = self._head(leaf, batch.labels)
+                except NonFiniteError:
+                    if self._replica is not self._backbone and not silent:
+                        # DDP waits for a backward; without it, it would sum in the middle of the next step.
+                        embeddings.backward(torch.zeros_like(embeddings))
+                    raise
                 factor = self.scale.scale / self._config.train.accumulate
                 (loss * factor if factor != 1 else loss).backward()
             with phase("backbone"):

@@ -118,6 +118,7 @@ council
 signs
 watchdog
 ranks
+run_status
 run_folder
 report
 phases

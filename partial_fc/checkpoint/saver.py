@@ -33,7 +33,7 @@ T = TypeVar("T")
 # A rank may wait for another one's disk this long; the training is not held up by it.
 _WRITE_TIMEOUT = timedelta(hours=2)
 # The writing gives way to the training, but is never starved while it holds the interpreter's lock.
-_NICENESS = 10
+_NICENESS = 5
 # How long the end of a process waits for a thread that was told to stop.
 _STOP_SECONDS = 5.0
 
@@ -125,7 +125,8 @@ class Saver:
         except (RuntimeError, MemoryError) as error:  # The other ranks wait for this one in the thread.
             problem = error
         copied = time.perf_counter() - started
-        work = (staged, {"format": FORMAT, **copy.deepcopy(dict(info))}, problem, started, copied)
+        aside = self._background and not wait
+        work = (aside, staged, {"format": FORMAT, **copy.deepcopy(dict(info))}, problem, started, copied)
         self._thread = threading.Thread(target=self._run, args=work, name="saver", daemon=True)
         self._thread.start()
         if wait or not self._background:
@@ -157,10 +158,17 @@ class Saver:
             self._staging.free()
 
     def _run(
-        self, staged: dict[str, Tensor], info: dict[str, Any], problem: Exception | None, started: float, copied: float
+        self,
+        aside: bool,
+        staged: dict[str, Tensor],
+        info: dict[str, Any],
+        problem: Exception | None,
+        started: float,
+        copied: float,
     ) -> None:
         """The thread: nothing is raised here."""
-        _step_aside()
+        if aside:
+            _step_aside()
         size, failure, note = 0, None, None
         try:
             size = self._commit(staged, info, problem)

@@ -14,7 +14,9 @@ import torch
 from partial_fc.checkpoint import list_commits, tensors
 from partial_fc.data.synthetic import make_dataset
 from partial_fc.errors import CheckpointError, NonFiniteError
+from partial_fc.keeper import STOP
 from partial_fc.train import Trainer
+from tests.ranks import RankPool
 from tests.trainings import Interrupted, lines_of, losses_of, train_here, write_config
 
 CLASSES = 23
@@ -274,3 +276,89 @@ def test_never_begins_a_new_run(ranks: Any, tmp_path: Path, data: Path) -> None:
     second = ranks(1).run(train_here, config, ["train.resume=never", "train.steps=3"], timeout=200)[0][0]
     assert (Path(first).name, Path(second).name) == ("tiny", "tiny-2")
     assert lines_of(Path(second), "resumed") == []
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_divergence_in_the_last_step_counts(ranks: Any, tmp_path: Path, data: Path, action: str) -> None:
+    config = str(write_config(tmp_path, data))
+    change = functools.partial(bad_until_rolled_back, steps=range(10, 12))
+    options = [*ROLLBACK, f"train.on_divergence={action}"]
+    if action == "stop":
+        with pytest.raises(AssertionError, match="the run diverged .step 12"):
+            ranks(2).run(train_here, config, options, True, change, timeout=200)
+        return
+    run = Path(ranks(2).run(train_here, config, options, True, change, timeout=200)[0][0])
+    assert [line["step"] for line in lines_of(run, "rollback")] == [9]
+    assert losses_of(run)[12] is not None
+
+
+def stop_at(trainer: Trainer, *, at: int, full: bool = False) -> None:
+    """A signal at step ``at``, with a disk that is full from then on."""
+    genuine = trainer.training_step.run
+
+    def run(number: int) -> Any:
+        if number == at:
+            trainer.council.ask(STOP)
+            if full:
+                full_disk(trainer, until=10**9)
+        return genuine(number)
+
+    trainer.training_step.run = run  # type: ignore[method-assign]
+
+
+def test_a_signal_on_a_full_disk_names_the_commit_that_is_there(ranks: Any, tmp_path: Path, data: Path) -> None:
+    config, options = str(write_config(tmp_path, data)), ["checkpoint.every_steps=3", "checkpoint.background=false"]
+    change = functools.partial(stop_at, at=4, full=True)
+    with RankPool(2) as fresh:
+        run = Path(fresh.run(train_here, config, options, True, change, timeout=200)[0][0])
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["committed"]) == ("resume", 6, 3)
+    again = Path(ranks(2).run(train_here, config, options, timeout=200)[0][0])
+    assert again == run and [line["step"] for line in lines_of(run, "resumed")] == [3]
+
+
+@pytest.mark.parametrize("at", [4, 10, 11])
+def test_a_signal_at_any_step_ends_in_a_commit_of_the_last_one(ranks: Any, tmp_path: Path, data: Path, at: int) -> None:
+    config = str(write_config(tmp_path, data))
+    run = Path(ranks(2).run(train_here, config, [], True, functools.partial(stop_at, at=at), timeout=200)[0][0])
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "resume" and status["committed"] == status["step"] == min(at + 2, 12)
+    ranks(2).run(train_here, config, [], timeout=200)
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_a_step_left_out_changes_nothing_after_it_with_micro_batches(
+    ranks: Any, tmp_path: Path, data: Path, micro: int
+) -> None:
+    """DDP must not sum in the middle of a step: the run that goes on from a commit knows nothing of the bad step."""
+    config = str(write_config(tmp_path, data))
+    options = ["train.accumulate=2", "train.nonfinite=skip", "checkpoint.background=false"]
+    change = functools.partial(bad_micro_batch, at=4, micro=micro)
+    whole = ranks(2).run(train_here, config, [*options, "train.name=whole"], True, change, timeout=200)
+    parts = [*options, "train.name=parts", "checkpoint.every_steps=5"]
+    both = functools.partial(bad_and_broken_off, at=4, micro=micro, end=7)
+    ranks(2).run(train_here, config, parts, True, both, timeout=200)
+    # Nothing is committed after a bad step: the commit that was due then is of the step after it.
+    run = Path(ranks(2).run(train_here, config, parts, timeout=200)[0][0])
+    assert [line["step"] for line in lines_of(run, "resumed")] == [6]
+    assert losses_of(run) == losses_of(Path(whole[0][0]))
+
+
+def bad_micro_batch(trainer: Trainer, *, at: int, micro: int) -> None:
+    """NaN in one micro batch of step ``at``."""
+    genuine = trainer.stream.next_batch
+
+    def next_batch() -> Any:
+        inside = trainer.stream.position - trainer.kept.progress.samples
+        batch = genuine()
+        if trainer.kept.progress.step == at and inside // 6 == micro:
+            batch.images[0] = math.nan
+        return batch
+
+    trainer.stream.next_batch = next_batch  # type: ignore[method-assign]
+
+
+def bad_and_broken_off(trainer: Trainer, *, at: int, micro: int, end: int) -> None:
+    bad_micro_batch(trainer, at=at, micro=micro)
+    break_off(trainer, at=end)

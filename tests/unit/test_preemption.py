@@ -153,7 +153,22 @@ def test_the_request_is_seen_at_the_next_line_and_other_signals_are_none() -> No
             os.kill(os.getpid(), signal.SIGTERM)
             assert preemption.requested == "SIGTERM"
     finally:
+        preemption.close()
         signal.signal(signal.SIGCHLD, old)
+
+
+def test_a_request_that_comes_again_after_the_block_is_no_failure() -> None:
+    code = """
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    tell(preemption.requested)
+    """
+    with running(code) as process:
+        assert line(process) == "SIGTERM"
+        assert process.wait(DEADLINE) == 0
 
 
 def test_interrupts_still_raise() -> None:
