@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from partial_fc.checkpoint import Saver, TrainingState
 from partial_fc.head import PartialFC
+from partial_fc.memory import empty_rows
 from partial_fc.optim import RowSGD
 
 _SIZE, _BATCH, _SAMPLED = 512, 64, 2048
@@ -57,6 +58,12 @@ class Training:
         classes = self.head.num_classes
         contents = ["backbone", "head", "backbone_optimizer", "head_optimizer"]
         return {"step": step, "samples": 0, "num_classes": classes, "embedding_size": _SIZE, "contents": contents}
+
+
+def warm_memory(like: Tensor) -> Tensor:
+    """Touched memory for a copy, in pages of the kind that the saver's copy has: huge ones where there are some."""
+    rows = empty_rows(len(like), like.shape[1], like.dtype, "cpu") if like.dim() == 2 else torch.empty_like(like)
+    return rows.zero_()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -108,7 +115,7 @@ def run(gigabytes: float, repeats: int, folder: Path) -> dict[str, Any]:
     training = Training(gigabytes)
     for _ in range(_WARM_STEPS):
         training.step()
-    warm = {name: torch.empty_like(value).zero_() for name, value in training.state.tensors().items()}
+    warm = {name: warm_memory(value) for name, value in training.state.tensors().items()}
     saver = Saver(folder, training.state, keep_last=1, keep_best=False)
     # Round 0 warms up.
     rounds = [measure_round(training, saver, warm, number) for number in range(1, repeats + 2)][1:]

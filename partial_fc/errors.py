@@ -28,4 +28,8 @@ class NonFiniteError(PartialFCError, ArithmeticError):
 
 
 class CheckpointError(PartialFCError):
-    """A saved model that can't be read or doesn't fit what it is loaded into."""
+    """A saved model or a commit that can't be read, can't be written, or doesn't fit what it is loaded into."""
+
+
+class MisfitError(CheckpointError):
+    """A commit of something else than what it is loaded into; the message has a line for each difference."""

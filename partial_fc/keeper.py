@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
@@ -27,7 +27,7 @@ from partial_fc.ranks import agreed_while, from_first
 from partial_fc.run_folder import Start, first_usable
 
 # How often, and how many seconds apart, the last commit of a run is tried. An elastic agent kills 30 s after a signal.
-_LAST_ATTEMPTS, _LAST_SECONDS = 3, 3.0
+LAST_ATTEMPTS, LAST_SECONDS = 3, 3.0
 # What a rank may ask of all of them: see Council.
 SAVE, STOP, DIVERGED = "save", "stop", "diverged"
 
@@ -81,6 +81,7 @@ class Keeper:
         council: how ranks agree.
         journal: for lines.
         metrics: for counters.
+        beat: called while a commit is waited for.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class Keeper:
         council: Council,
         journal: Journal,
         metrics: TrainingMetrics,
+        beat: Callable[[], None],
     ) -> None:
         self._config, self._place, self._start, self._state = config, place, start, state
-        self._kept, self._head, self._council = kept, head, council
+        self._kept, self._head, self._council, self._beat = kept, head, council, beat
         self._journal, self._metrics, self._status = journal, metrics, start.status
         section = config.checkpoint
         self._saver = Saver(
@@ -105,12 +107,15 @@ class Keeper:
             keep_last=section.keep_last,
             keep_best=section.keep_best,
             background=section.background,
+            # As long as the disk takes; but a rank that hangs or is gone is noticed.
+            waiting=lambda join: agreed_while(join, mine=True, beat=beat),
             timeout=timedelta(seconds=config.train.timeout_seconds),
         )
         self._owed, self._num_images = False, 0
         self._due_at = self._next_time()
         self._resolved = config.model_dump(mode="json")
         self._went_back_to: int | None = None
+        self._best_under_way: tuple[int, float] | None = None
         self._committed = None if start.commit is None else start.commit.step
 
     @property
@@ -160,10 +165,13 @@ class Keeper:
         if self._place.rank == 0 and self._due_at is not None and time.monotonic() >= self._due_at:
             self._council.ask(SAVE)
             self._due_at = self._next_time()
-        if self._is_best():
-            # The accuracy is that of this very state: it can't wait for an earlier save.
-            self._commit()
-        elif self._owed:
+        if self._kept.progress.accuracy is not None:
+            # A new best can't wait for the next step: the accuracy is that of this very state. And which one is the
+            # best is known to all ranks once all saves are done.
+            self._saver.finish()
+            self._report()
+            self._owed = self._owed or self._is_best()
+        if self._owed:
             self._owed = not self._saver.save(self._info(), veto=self._kept.watch.in_trouble)
 
     def owe(self) -> None:
@@ -179,24 +187,19 @@ class Keeper:
         Returns:
             Steps done at the last commit there is; None: there is none.
         """
-        progress = self._kept.progress
+        step = self._kept.progress.step
         self._saver.finish()
         self._report()
-        if self._committed != progress.step or self._is_best():
-            for attempt in range(_LAST_ATTEMPTS):
-                if not self._commit(veto=veto) or self._committed == progress.step:
-                    break
-                time.sleep(_LAST_SECONDS if attempt + 1 < _LAST_ATTEMPTS else 0)
-        return self._committed
-
-    def _commit(self, *, veto: bool = False) -> bool:
-        """Commit now, and wait until it's there (or failed); whether it was tried."""
-        tried, progress = self._saver.save(self._info(), wait=True, veto=veto), self._kept.progress
-        self._owed = False
-        self._report()
-        if self._committed == progress.step and self._is_best():
-            progress.best = progress.accuracy
-        return tried
+        for attempt in range(LAST_ATTEMPTS):
+            # Rank 0 makes the commits, so it knows; another rank may have lost its word.
+            committed = from_first(lambda: self._committed)
+            if committed == step:
+                break
+            time.sleep(LAST_SECONDS if attempt else 0)
+            if not self._saver.save(self._info(), wait=True, veto=veto):
+                break
+            self._report()
+        return from_first(lambda: self._committed)
 
     def _last_factor(self) -> tuple[float, int] | None:
         """What the run's last start or rollback left of the learning rates, and the count of rollbacks."""
@@ -281,6 +284,9 @@ class Keeper:
 
     def _info(self) -> dict[str, Any]:
         kept, head = self._kept, self._head
+        best = self._is_best()
+        if best and kept.progress.accuracy is not None:
+            self._best_under_way = kept.progress.step, kept.progress.accuracy
         return {
             "step": kept.progress.step,
             "samples": kept.progress.samples,
@@ -295,7 +301,7 @@ class Keeper:
             "learning_rate_factor": kept.progress.rate_factor,
             "rollbacks": kept.progress.rollbacks,
             "accuracy": kept.progress.accuracy,
-            "best": kept.progress.accuracy if self._is_best() else kept.progress.best,
+            "best": kept.progress.accuracy if best else kept.progress.best,
             "config": self._resolved,
             "versions": {
                 "partial_fc": metadata.version("partial_fc"),
@@ -307,7 +313,7 @@ class Keeper:
 
     def _load(self, commit: Commit) -> list[str]:
         # Many gigabytes take one rank longer than another, and all of them longer than a collective may.
-        lines = agreed_while(lambda: self._state.load(commit.folder, commit.info), mine=True)
+        lines = agreed_while(lambda: self._state.load(commit.folder, commit.info), mine=True, beat=self._beat)
         assert lines is not None
         info: Mapping[str, Any] = commit.info
         self._kept.scale.load_state_dict(info.get("loss_scale") or {})
@@ -328,12 +334,12 @@ class Keeper:
                 saved.step, saved.seconds, copy_seconds=saved.copy_seconds, size=saved.bytes, failed=failed
             )
             if failed:
-                self._journal.warn(
-                    f"step {saved.step} could not be committed ({saved.failure}): the last commit stays"
-                )
+                self._journal.warn(f"step {saved.step} could not be committed ({saved.failure}): the last commit stays")
                 self._due_at = time.monotonic() + self._config.checkpoint.retry_seconds
                 continue
             self._committed = saved.step
+            if self._best_under_way is not None and self._best_under_way[0] == saved.step:
+                self._kept.progress.best = self._best_under_way[1]
             if self._went_back_to is not None and saved.step > self._went_back_to:
                 self._went_back_to = None
             self._status.write("running", self._kept.progress.step, committed=saved.step)

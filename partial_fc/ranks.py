@@ -98,12 +98,15 @@ def _told(error: Exception) -> PartialFCError:
     return PartialFCError(f"{type(error).__name__}: {error} (that rank shows where)")
 
 
-def agreed_while(action: Callable[[], T], *, mine: bool) -> T | None:
+def agreed_while(action: Callable[[], T], *, mine: bool, beat: Callable[[], None] | None = None) -> T | None:
     """Do something long on some of the ranks; the others wait for them, without running into the group's timeout.
+
+    A rank that hangs or is gone is noticed meanwhile, as in any collective.
 
     Args:
         action: what is done, in a thread.
         mine: whether this rank does it.
+        beat: called every few seconds, where all ranks are heard of.
 
     Returns:
         The action's result where this rank did it, else None.
@@ -112,7 +115,7 @@ def agreed_while(action: Callable[[], T], *, mine: bool) -> T | None:
         PartialFCError: on every rank, seconds after it failed on one.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="agreed")
-    future = pool.submit(action) if mine else None
+    future = pool.submit(_on_this_gpu(action)) if mine else None
     pool.shutdown(wait=False)
     states = ["working"]
     while "working" in states and "failed" not in states:
@@ -126,6 +129,21 @@ def agreed_while(action: Callable[[], T], *, mine: bool) -> T | None:
         if dist.is_initialized():
             states *= dist.get_world_size()
             dist.all_gather_object(states, state)
+        if beat is not None:
+            beat()
     if future is not None and not future.done():
         return agreed(lambda: None)
     return agreed(lambda: future.result() if future is not None else None)
+
+
+def _on_this_gpu(action: Callable[[], T]) -> Callable[[], T]:
+    """The action with this thread's current GPU, which another thread doesn't know of."""
+    if not torch.cuda.is_initialized():
+        return action
+    device = torch.cuda.current_device()
+
+    def there() -> T:
+        with torch.cuda.device(device):
+            return action()
+
+    return there

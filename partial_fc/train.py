@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import statistics
 import time
@@ -20,11 +21,11 @@ from partial_fc.config import Config
 from partial_fc.council import Council
 from partial_fc.data import Sources
 from partial_fc.divergence import DivergenceWatch
-from partial_fc.errors import CheckpointError, ConfigError, LabelError, NonFiniteError
+from partial_fc.errors import CheckpointError, ConfigError, LabelError, MisfitError, NonFiniteError
 from partial_fc.evaluate import VerificationResult
 from partial_fc.head import HeadStats
 from partial_fc.journal import Journal
-from partial_fc.keeper import DIVERGED, SAVE, STOP, Keeper, Kept
+from partial_fc.keeper import DIVERGED, LAST_ATTEMPTS, LAST_SECONDS, SAVE, STOP, Keeper, Kept
 from partial_fc.metrics import PHASES, TrainingMetrics
 from partial_fc.phases import PhaseTimer
 from partial_fc.preemption import Preemption
@@ -36,7 +37,7 @@ from partial_fc.verify import describe, evaluate_sets, verification_sets
 from partial_fc.watchdog import Watchdog
 
 # Errors that a start of the same command meets again.
-_LASTING = (ConfigError, LabelError, NonFiniteError, CheckpointError)
+_LASTING = (ConfigError, LabelError, NonFiniteError, MisfitError)
 
 
 class Trainer:
@@ -115,10 +116,15 @@ class Trainer:
             if config.metrics.enabled:
                 agreed(lambda: metrics.start(config.metrics.port, config.metrics.address))
             self._announce(journal, metrics)
-            keeper = Keeper(config, place, self.start, state, self.kept, self.head, self.council, journal, metrics)
+            beat = functools.partial(self.watchdog.beat, "commit")
+            keeper = Keeper(
+                config, place, self.start, state, self.kept, self.head, self.council, journal, metrics, beat
+            )
             try:
                 return self._train(_Loop(self, journal, metrics, keeper, preemption), journal, keeper, preemption)
             except _LASTING as error:
+                # A good commit may be under way.
+                keeper.close()
                 self.start.status.write("failed", self.kept.progress.step, reason=str(error))
                 raise
 
@@ -126,26 +132,23 @@ class Trainer:
         self, loop: _Loop, journal: Journal, keeper: Keeper, preemption: Preemption
     ) -> dict[str, VerificationResult] | None:
         progress, status = self.kept.progress, self.start.status
-        with self.watchdog.paused():
-            keeper.resume(num_images=self.num_samples)
+        keeper.resume(num_images=self.num_samples)
         self.stream.seek(progress.samples)
         status.write("running", progress.step, steps=self.steps, world_size=self.place.world_size)
         if not loop.run():
             self._end_on_signal(journal, keeper, preemption)
             return None
         results = loop.evaluate()
-        with self.watchdog.paused():
-            keeper.commit_at_the_end()
-            keeper.close()
-            self._save_model(journal)
+        keeper.commit_at_the_end()
+        keeper.close()
+        self._save_model(journal)
         status.write("finished", progress.step)
         return results
 
     def _end_on_signal(self, journal: Journal, keeper: Keeper, preemption: Preemption) -> None:
         signal, step = preemption.requested or "a signal to another rank", self.kept.progress.step
-        with self.watchdog.paused():
-            committed = keeper.commit_at_the_end(veto=self.kept.watch.in_trouble)
-            keeper.close()
+        committed = keeper.commit_at_the_end(veto=self.kept.watch.in_trouble)
+        keeper.close()
         self.start.status.write("resume", step)
         where = "nothing is committed" if committed is None else f"the last commit is of step {committed}"
         journal.say(f"{signal} ended the run after step {step}, {where}: start the same command again to go on")
@@ -154,7 +157,16 @@ class Trainer:
         folder = self.folder / "model"
         # What a run of another world size left there, when it was killed at its very end.
         from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        save_model(folder, self.backbone, self.head)
+        for attempt in range(LAST_ATTEMPTS):
+            try:
+                save_model(folder, self.backbone, self.head)
+                break
+            except CheckpointError as error:
+                # Raised on every rank. A disk may be full for a while only.
+                if attempt + 1 == LAST_ATTEMPTS:
+                    raise
+                journal.warn(f"{error}: it's tried again in {LAST_SECONDS:g} s")
+                time.sleep(LAST_SECONDS)
         journal.say(f"saved the model in {folder}")
 
     def set_learning_rates(self) -> dict[str, float]:
@@ -249,9 +261,7 @@ class _Loop:
             if SAVE in asked:
                 self._keeper.owe()
             if not last:
-                # Some commits are waited for, as long as the disk takes.
-                with trainer.watchdog.paused():
-                    self._keeper.after_step()
+                self._keeper.after_step()
             if STOP in asked:
                 council.drain()
                 return False
@@ -327,8 +337,7 @@ class _Loop:
                 f"last commit is in {self._trainer.start.commits}"
             )
         self._journal.warn(f"the run diverged ({reason})")
-        with self._trainer.watchdog.paused():
-            self._keeper.roll_back()
+        self._keeper.roll_back()
         self._trainer.stream.seek(self._progress.samples)
         self._unread, self._diverged = [], None
         self._logged, self._logged_at = self._progress.step, time.perf_counter()

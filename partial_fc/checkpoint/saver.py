@@ -69,6 +69,8 @@ class Saver:
         keep_last: how many of the newest commits stay.
         keep_best: whether the one of the best accuracy stays.
         background: False: :meth:`save` returns when the commit is there, and no copy is made.
+        waiting: how all ranks wait for their threads: called with what returns when this rank's is done. The default
+            just calls it, and then a rank that hangs is noticed by the writers' timeout only, two hours later.
         timeout: for what the ranks agree on in :meth:`save`; None: the library's.
     """
 
@@ -80,8 +82,10 @@ class Saver:
         keep_last: int,
         keep_best: bool,
         background: bool = True,
+        waiting: Callable[[Callable[[], None]], object] = lambda join: join(),
         timeout: timedelta | None = None,
     ) -> None:
+        self._waiting = waiting
         self._root, self._state = root, state
         self._keep_last, self._keep_best, self._background = keep_last, keep_best, background
         # The thread talks in its own group; what the training asks meanwhile goes through another.
@@ -114,9 +118,14 @@ class Saver:
         """
         if wait:
             self.finish()
-        if self._askers.any(veto or (self._thread is not None and self._thread.is_alive())):
-            return False
         started = time.perf_counter()
+        busy = veto or (self._thread is not None and self._thread.is_alive())
+        refused, broken = self._askers.any(busy, not busy and self._writers.broken)
+        if refused:
+            return False
+        if broken:
+            # gloo closes a group's connections for good where one of its collectives failed.
+            self._writers = _Ranks(_WRITE_TIMEOUT)
         staged: dict[str, Tensor] = {}
         problem: Exception | None = None
         try:
@@ -144,7 +153,7 @@ class Saver:
     def finish(self) -> None:
         """Wait for the save that is under way, if one is."""
         if self._thread is not None:
-            self._thread.join()
+            self._waiting(self._thread.join)
             self._thread = None
 
     def close(self, wait: bool = True) -> None:
@@ -179,7 +188,8 @@ class Saver:
                 self._writers.agree(lambda rank: None if rank else self._prune())
             except BaseException as error:  # The commit is there.
                 note = f"old checkpoints can't be removed: {_told(error)}"
-        self._done.append(Saved(info["step"], time.perf_counter() - started, copied, size, failure, note))
+        seconds = time.perf_counter() - started
+        self._done.append(Saved(info["step"], seconds, copied if self._background else seconds, size, failure, note))
 
     def _commit(self, staged: dict[str, Tensor], info: dict[str, Any], problem: Exception | None) -> int:
         """Write, sum and seal; the bytes of all ranks' files."""
@@ -285,17 +295,19 @@ class _Ranks:
     def __init__(self, timeout: timedelta | None) -> None:
         self.group: dist.ProcessGroup | None = None
         self.rank, self._size = 0, 1
+        # Whether a collective failed, so that the group is of no use any more.
+        self.broken = False
         if dist.is_initialized():
             self.rank, self._size = dist.get_rank(), dist.get_world_size()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each holds on any rank."""
         if self.group is None:
-            return flag
-        flags = torch.tensor(int(flag), device="cpu")
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        return bool(flags)
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int64, device="cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in found]
 
     def agree(self, action: Callable[[int], T]) -> list[T]:
         """What ``action(rank)`` gave, by rank; where it fails on one, all raise :class:`_Failed` with its words."""
@@ -309,7 +321,11 @@ class _Ranks:
         told: list[Any] = [(result, failure)]
         if self.group is not None:
             told *= self._size
-            dist.all_gather_object(told, (result, failure), group=self.group)
+            try:
+                dist.all_gather_object(told, (result, failure), group=self.group)
+            except BaseException:
+                self.broken = True
+                raise
         for rank, (_, other) in enumerate(told):
             if other is not None:
                 raise _Failed(f"rank {rank}: {other}" if rank else other) from cause

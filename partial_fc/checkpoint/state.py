@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc.checkpoint.tensors import local_part, read_into, sharded, tensor_shapes, write_tensors
-from partial_fc.errors import CheckpointError
+from partial_fc.errors import CheckpointError, MisfitError
 from partial_fc.head import PartialFC
 from partial_fc.optim import RowOptimizer
 
@@ -129,7 +129,8 @@ class TrainingState:
             Lines about what isn't in the commit, and what holds instead.
 
         Raises:
-            CheckpointError: it doesn't fit (a line for each reason, then what to do), or a file can't be read.
+            MisfitError: it doesn't fit (a line for each reason, then what to do).
+            CheckpointError: a file can't be read.
         """
         there = tensor_shapes(folder)
         saved = {name: shape for name, (shape, _) in there.items()}
@@ -141,7 +142,7 @@ class TrainingState:
             *self._optimizer_problems(saved, contents),
         ]
         if problems:
-            raise CheckpointError(
+            raise MisfitError(
                 f"{folder} doesn't fit this run:\n"
                 + "".join(f"  {problem}\n" for problem in problems)
                 + "change the configuration back, or start without it: train.resume=never"

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from partial_fc.checkpoint import (
     read_whole,
     save_model,
     saver,
+    step_of,
     tensor_shapes,
     tensors,
 )
@@ -302,3 +304,31 @@ def test_a_saved_model_has_the_buffers_of_rank_0(ranks: Pools, tmp_path: Path):
 def test_fresh_processes_end_in_order_after_a_save(tmp_path: Path):
     run_ranks(save_job, 2, str(tmp_path), 13, "sgd")
     assert len(list_commits(tmp_path)) == 1
+
+
+def late_rank_job(rank: int, world_size: int, root: str) -> list[str | None]:
+    """Saves 1 and 2; in the first, rank 1 writes longer than the others wait for it."""
+    saver._WRITE_TIMEOUT = timedelta(seconds=2)
+    run = Run(13)
+    saving = Saver(Path(root), run.state, keep_last=9, keep_best=False)
+    saver._WRITE_TIMEOUT = timedelta(seconds=60)  # of the next group
+    genuine = saver.write_summed
+
+    def late(*arguments: Any) -> Any:
+        if rank == 1:
+            time.sleep(6)
+        return genuine(*arguments)
+
+    saver.write_summed = late
+    assert saving.save(run.info(1), wait=True)
+    saver.write_summed = genuine
+    assert saving.save(run.info(2), wait=True)
+    outcomes = [saving.outcome() for _ in range(2)]
+    saving.close()
+    return [saved.failure for saved in outcomes if saved is not None]
+
+
+def test_after_a_rank_that_came_too_late_the_next_save_succeeds(ranks: Pools, tmp_path: Path):
+    for first, second in ranks(2).run(late_rank_job, str(tmp_path)):
+        assert first is not None and second is None
+    assert [step_of(folder) for folder in list_commits(tmp_path)] == [2]

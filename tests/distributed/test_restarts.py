@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -201,3 +202,36 @@ def test_a_finished_run_is_not_continued(jobs: Jobs, tmp_path: Path, data: Path)
         jobs.torchrun(name, *run.program, ranks=1).succeed(DEADLINE)
     assert run.status["state"] == "finished" and len(run.lines("train")) == 6
     assert (run.folder.with_name("run-2") / "status.json").is_file()
+
+
+# Rank 1 stands still in the middle of its first commit, as on a file server that is gone, and with all its threads.
+STOPPED = """
+import os, signal
+from partial_fc.checkpoint import tensors
+from partial_fc.cli import main
+genuine = tensors._SummedStream.write
+def write(self, block):
+    if os.environ["RANK"] == "1" and not os.path.exists("stopped"):
+        open("stopped", "x").close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return genuine(self, block)
+tensors._SummedStream.write = write
+main()
+"""
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_rank_that_hangs_in_a_commit_is_noticed(
+    jobs: Jobs, tmp_path: Path, data: Path, undisturbed: Run, background: bool
+) -> None:
+    """A commit may be waited for as long as the disk takes, but not for a rank that hangs."""
+    run = Run(tmp_path, data, steps=STEPS, commit_every=COMMIT_EVERY, timeout_seconds=15.0, stall_seconds=2.0)
+    script = tmp_path / "stopped.py"
+    script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{STOPPED}", encoding="utf-8")
+    program = [str(script), "train", str(run.config), f"checkpoint.background={str(background).lower()}"]
+    job = jobs.torchrun("stopped", *program, options=["--max-restarts", "2"])
+    output = job.succeed(DEADLINE)
+    assert re.search(r"no progress for .*rank 1 .*hasn't been heard of", output), output
+    assert "15000ms" in output, "the group's timeout"
+    assert run.status["state"] == "finished"
+    assert_same_weights(run, undisturbed)

@@ -13,7 +13,7 @@ import torch
 
 from partial_fc.checkpoint import list_commits, tensors
 from partial_fc.data.synthetic import make_dataset
-from partial_fc.errors import CheckpointError, NonFiniteError
+from partial_fc.errors import MisfitError, NonFiniteError
 from partial_fc.keeper import STOP
 from partial_fc.train import Trainer
 from tests.ranks import RankPool
@@ -257,7 +257,7 @@ def test_a_commit_of_something_else_is_refused_on_all_ranks(
     options = [override, f"train.resume={run}", "train.name=other"]
     with pytest.raises(AssertionError, match=message) as failure:
         ranks(2).run(train_here, config, options, timeout=200)
-    assert CheckpointError.__name__ in str(failure.value)
+    assert MisfitError.__name__ in str(failure.value)
 
 
 def test_a_run_whose_commits_are_all_bad_does_not_begin_anew(ranks: Any, tmp_path: Path, data: Path) -> None:

@@ -132,3 +132,15 @@ def test_the_benchmark_runs(tmp_path: Path, extra: list[str]) -> None:
     assert set(result["times"]) == {"conventional", "ours", "four products", "three products"}
     assert set(result["memory"]) == {"ours", "conventional"}
     assert "conventional / ours" in done.stdout
+
+
+def test_the_checkpoint_benchmark_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("checkpoint.py")), "--gigabytes", "0.02", "--repeats", "2"]
+    command += ["--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "delay / copy" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["rounds"]) == 2 and 1.9e7 < found["state_bytes"] < 2.2e7
+    assert all(values["delay"] == values["step_with_save"] - values["step"] for values in found["rounds"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"], "the commits are gone"
