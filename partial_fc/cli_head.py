@@ -16,7 +16,8 @@ app = typer.Typer(
 )
 
 _Commit = Annotated[
-    Path, typer.Argument(help="A commit's folder; of a run or a folder of commits, its newest usable one is taken.")
+    Path,
+    typer.Argument(help="A commit's folder; of a run, or a folder of commits named step-N, the newest usable one."),
 ]
 _Out = Annotated[Path, typer.Argument(help="Folder of the new commit; nothing may be there. Go on: train.resume=OUT.")]
 
@@ -91,7 +92,8 @@ def remap(
     commit: _Commit,
     out: _Out,
     order: Annotated[
-        Path | None, typer.Option(help="Text: line i, from 0, has the old id of new class i; the others are removed.")
+        Path | None,
+        typer.Option(help="Text: line i, from 0, has the old id of new class i (none is empty); others are removed."),
     ] = None,
     remove: Annotated[
         Path | None, typer.Option(help="Text: ids of classes that are removed; those behind them move up.")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from partial_fc import build
@@ -17,6 +20,7 @@ from partial_fc.checkpoint.commits import Commit
 from partial_fc.checkpoint.foreign import import_arcface, import_weights
 from partial_fc.checkpoint.surgery import change_classes, check_memory, check_target, extend_classes, find_commit
 from partial_fc.config import Config, data_config
+from partial_fc.config_data import SourceConfig
 from partial_fc.data.class_map import REMOVED, read_groups, read_order, read_removed, write_class_map
 from partial_fc.errors import CheckpointError, ConfigError, DataError
 from partial_fc.head import PartialFC
@@ -86,19 +90,18 @@ def run_extend(
     classes = commit.info["num_classes"]
     if data is not None:
         config = _settings(commit, given_path(data, "a data set"), overrides)
+        advice = _further_sets(config, data)
         centres = _imprint(commit, config, batch_size, limit_per_class)
         entry = {"operation": "extend", "data": config.data.path, "limit_per_class": limit_per_class}
     else:
         assert count is not None
         centres = _draw(commit, count)
         entry = {"operation": "extend", "data": None}
+        advice = "data.more=[{path: NEW_SET}]"
     extend_classes(commit, out, centres, entry, units=data is not None)
     last = classes + len(centres) - 1
     print(f"{out}: step {commit.step}, {last + 1:,} classes; new are {classes} to {last}, in the order of their labels")
-    print(
-        f"the training set must give them these labels: data.more=[{{path: {data or 'NEW_SET'}}}] behind a set of "
-        f"{classes} classes does"
-    )
+    print(f"the training set must give them these labels: {advice} behind a set of {classes} classes does")
     _say_next(out)
 
 
@@ -146,8 +149,10 @@ def _change(path: Path, out: Path, read: Callable[[int], np.ndarray], operation:
     except OSError as error:
         raise DataError(f"{error.filename or listed}: can't be written ({error.strerror}): mend that first") from error
     finally:
-        if not out.exists():
-            listed.unlink(missing_ok=True)
+        # What hindered the writing may hinder this, too; the error that counts is on its way.
+        with contextlib.suppress(OSError):
+            if not out.exists():
+                listed.unlink(missing_ok=True)
     after = int(class_map.max()) + 1
     removed = int((class_map == REMOVED).sum())
     print(
@@ -156,6 +161,22 @@ def _change(path: Path, out: Path, read: Callable[[int], np.ndarray], operation:
     )
     print(f"labels of the data: partial-fc prepare SOURCE DESTINATION --class-map {listed}")
     _say_next(out)
+
+
+def _further_sets(config: Config, data: Path) -> str:
+    """The sets of a configuration as ``data.more``, quoted for a shell: paths, and what else isn't the default."""
+    if config.data.merge_classes:
+        # Their labels are one numbering; those of data.more would be one behind the other.
+        return (
+            f"one set made of them (partial-fc prepare {shlex.quote(str(data))} NEW_SET), data.more=[{{path: NEW_SET}}]"
+        )
+    keys = set(SourceConfig.model_fields)
+    sets = [
+        source.model_dump(mode="json", include=keys, exclude_defaults=True)
+        for source in (config.data, *config.data.more)
+    ]
+    text = yaml.safe_dump(sets, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    return shlex.quote(f"data.more={text.strip()}")
 
 
 def _say_next(out: Path) -> None:

@@ -19,9 +19,9 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from partial_fc.checkpoint.durable import make_folder, sum_file, sync_file, sync_folder, write_file
 from partial_fc.errors import CheckpointError, ConfigError
@@ -35,7 +35,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a loader reads of run.json, and the least value of a number.
 _NUMBERS = {"step": 0, "samples": 0, "num_classes": 1, "embedding_size": 1}
 # What passes and says nothing about a commit: an older one, taken for such a reason, would cost steps.
-_PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT))
+_PASSING = frozenset(
+    (
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT),
+        *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    )
+)
+
+T = TypeVar("T")
 
 
 class FileSum(NamedTuple):
@@ -295,13 +303,16 @@ def _examine(folder: Path, part: int, parts: int) -> Commit:
         OSError: the machine can't read it now.
     """
     assert 0 <= part < parts
-    with _reading(folder):
+
+    def look() -> Commit:
         commit, sums = _examine_but_sums(folder)
         # By size, so that each part has about as much to read.
         by_size = sorted(sums, key=lambda name: (-sums[name].size, name))
         for name in by_size[part::parts]:
             _check_sum(folder / name, sums[name])
-    return commit
+        return commit
+
+    return _reading(folder, look)
 
 
 def _examine_but_sums(folder: Path) -> tuple[Commit, dict[str, FileSum]]:
@@ -418,7 +429,11 @@ def _check_sum(path: Path, expected: FileSum) -> None:
 
 
 def _take_the_name(partial: Path, folder: Path) -> None:
-    """Rename the sealed folder, unless a usable commit has the name."""
+    """Rename the sealed folder, unless a usable commit has the name.
+
+    Raises:
+        OSError: what has the name can't be read now; it stays as it is, since it may be usable.
+    """
     if os.path.lexists(folder):
         try:
             _examine(folder, 0, 1)
@@ -435,8 +450,7 @@ def _take_the_name(partial: Path, folder: Path) -> None:
 def _usable(folder: Path) -> dict[str, Any] | None:
     """``run.json`` of a commit that is usable as far as can be seen without reading its data; else None."""
     try:
-        with _reading(folder):
-            return _examine_but_sums(folder)[0].info
+        return _reading(folder, lambda: _examine_but_sums(folder)[0].info)
     except _Unusable:
         return None
 
@@ -471,14 +485,19 @@ def _is_folder(path: Path) -> bool:
     return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """What can't be read is unusable, unless the machine is to blame."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _PASSING:
-            raise
-        place = Path(error.filename or folder)
-        what = "" if place == folder else f"{place.name} "
-        raise _Unusable(f"{what}can't be read ({error.strerror or error})") from error
+def _reading(folder: Path, look: Callable[[], T]) -> T:
+    """What can't be read is unusable, unless the machine is to blame; an input/output error is tried once more."""
+    tries = 2
+    while True:
+        tries -= 1
+        try:
+            return look()
+        except OSError as error:
+            if error.errno in _PASSING:
+                raise
+            if error.errno == errno.EIO and tries:
+                # A network's file system says so of a server that is away for a moment.
+                continue
+            place = Path(error.filename or folder)
+            what = "" if place == folder else f"{place.name} "
+            raise _Unusable(f"{what}can't be read ({error.strerror or error})") from error

@@ -6,6 +6,7 @@ everything else stay. Legend: C classes before, C' after, d embedding size.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,26 +17,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc.checkpoint.commits import Commit, begin, list_commits, newest_commit, read_commit, seal, sum_files
+from partial_fc.checkpoint.commits import (
+    MARKER,
+    Commit,
+    begin,
+    list_commits,
+    newest_commit,
+    read_commit,
+    seal,
+    sum_files,
+)
 from partial_fc.checkpoint.tensors import read_into, tensor_shapes, write_tensors
 from partial_fc.data.class_map import REMOVED, first_of_each
 from partial_fc.errors import CheckpointError, ConfigError
 from partial_fc.memory import empty_rows
 
 CENTRES = "head.weight"
+# What every folder of saved tensors has.
+_METADATA = ".metadata"
 _STATE = "head_optimizer."
 _STEPS = "head_optimizer.steps"
 # Rows that are worked on at once, in float64.
 _ROWS = 1 << 14
 # The mean of unit centres is shorter than this where they point everywhere: it has no direction.
 _LEAST_MEAN = 1e-6
+# The next step where a commit can't be written.
+_NEXT_STEPS = {
+    errno.ENOSPC: "free the disk",
+    errno.EDQUOT: "free some of the quota",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "correct the permissions",
+    errno.EPERM: "correct the permissions",
+}
 
 
 def find_commit(path: Path, refused: Callable[[str], None]) -> Commit:
     """A commit, verified: the folder itself, or the newest usable one of a run or of a folder of commits.
 
     Args:
-        path: a commit, a run's folder (with ``checkpoints`` in it), or a folder with commits.
+        path: a commit, a run's folder (with ``checkpoints`` in it), or a folder with commits named ``step-N``.
         refused: called with a line for each newer commit that isn't used.
 
     Raises:
@@ -44,9 +64,12 @@ def find_commit(path: Path, refused: Callable[[str], None]) -> Commit:
     try:
         root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if not list_commits(root):
-            if not path.is_dir() or root != path:
-                raise CheckpointError(f"{path}: no commit is there, expected a commit, a run or a folder of commits")
-            return read_commit(path)
+            # One without its marker was not written to its end; a folder without tensors, too, is another one.
+            if root == path and any((path / name).exists() for name in (MARKER, _METADATA)):
+                return read_commit(path)
+            raise CheckpointError(
+                f"{path}: no commit is there, expected a commit, a run or a folder of commits named step-N: name one"
+            )
         commit = newest_commit(root, refused)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: can't be read ({error.strerror}): mend that first") from error
@@ -101,7 +124,8 @@ def write_commit(out: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]
             # Where the commit was made, there is nothing of that name any more.
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or out}: can't be written ({error.strerror}): free the disk") from error
+        step = _NEXT_STEPS.get(error.errno or 0, "look at that disk")
+        raise CheckpointError(f"{error.filename or out}: can't be written ({error.strerror}): {step}") from error
 
 
 def change_classes(commit: Commit, out: Path, class_map: np.ndarray, entry: Mapping[str, Any]) -> Path:

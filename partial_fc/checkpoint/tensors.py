@@ -112,7 +112,9 @@ def write_summed(
         save(dict(state), storage_writer=writer, process_group=process_group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         rank, cause = _first_failure(error)
-        raise CheckpointError(f"{folder}: rank {rank} can't write: {cause}: look at its disk") from error
+        alone = not dist.is_initialized() or dist.get_world_size(process_group) == 1
+        who = "can't be written" if alone else f"rank {rank} can't write"
+        raise CheckpointError(f"{folder}: {who}: {cause}: look at {'that' if alone else 'its'} disk") from error
     return files.sums
 
 

@@ -35,6 +35,9 @@ def read_order(path: str | os.PathLike[str], num_classes: int) -> np.ndarray:
     class_map, lines = np.full(num_classes, REMOVED, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
     count = 0
     for number, text in _lines(path):
+        if not text.strip():
+            wanted = f"the old id of class {count}"
+            raise ConfigError(f"{path}:{number}: got an empty line, expected {wanted}: every line counts, remove it")
         old = _class_id(text.strip(), num_classes, path, number)
         if lines[old]:
             raise ConfigError(f"{path}:{number}: class {old} stands in line {lines[old]}, too: name each class once")

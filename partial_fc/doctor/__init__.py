@@ -21,7 +21,7 @@ from rich.console import Console
 from partial_fc import footprint
 from partial_fc.chunks import cpu_cache
 from partial_fc.config import Config, load_config
-from partial_fc.doctor.board import Board, open_board
+from partial_fc.doctor.board import Board, Ended, Ending, cut_off, open_board, presence
 from partial_fc.doctor.compare import Needs, compare_all, compare_links
 from partial_fc.doctor.findings import (
     Finding,
@@ -66,13 +66,23 @@ _PARTING_SECONDS = 5.0
 
 
 class _Result(NamedTuple):
-    """What rank 0 shows."""
+    """What rank 0 shows.
+
+    Attributes:
+        name: of the run.
+        findings: about the job.
+        reports: of the ranks, rank 0's first.
+        hosts: names.
+        measured: in the group, by rank.
+        listeners: the other ranks that may wait for the verdict.
+    """
 
     name: str
     findings: list[Finding]
     reports: list[Report]
     hosts: Hosts
     measured: dict[int, Any]
+    listeners: range
 
 
 def run_doctor(
@@ -87,8 +97,8 @@ def run_doctor(
 ) -> bool:
     """Check this job on every rank; rank 0 shows what was found.
 
-    Ends in bounded time whatever the other ranks do. The caller ends the process at once (``os._exit``): a group that
-    failed can't be taken down in order.
+    Ends in bounded time whatever the other ranks do; where the launcher ends it, rank 0 shows what it has. The caller
+    ends the process at once (``os._exit``): a group that failed can't be taken down in order.
 
     Args:
         path: the configuration.
@@ -109,17 +119,24 @@ def run_doctor(
     if megabytes < 1:
         raise ConfigError(f"--mb is {megabytes}, expected 1 or more")
     me = read_identity(os.environ, socket.gethostname())
-    board = open_board(me, join_seconds)
-    config, notes = _read(path, overrides)
-    board.put("here", me.host)
-    with _run_folder_token(config, me, board) as token:
-        report = _look_around(config, notes, me, board, token, probe or CudaProbe())
-        board.put("report", report.as_dict())
-        if me.rank != 0:
-            return _follow(config, me, board, megabytes, join_seconds)
-        found = _lead(config, me, board, report, megabytes, join_seconds)
-    # The token is gone: torchrun ends all ranks as soon as one has left with a failure.
-    return _tell(found, me, board, json_file, console)
+    with Ending(active=me.rank == 0) as ending:
+        board = open_board(me, join_seconds, ending.check)
+        config, notes = _read(path, overrides)
+        board.put("here", me.host)
+        looked = [notes]
+        try:
+            with _run_folder_token(config, me, board):
+                _look_around(config, looked, me, board, probe or CudaProbe(), ending)
+                board.put("report", _report_of(me, looked).as_dict())
+                if me.rank != 0:
+                    return _follow(config, me, board, megabytes, join_seconds)
+                found = _lead(config, me, board, looked, ending, megabytes, join_seconds)
+            ending.answer()
+        except Ended:
+            ending.answer()
+            found = _cut_off(config, me, board, looked)
+        # The token is gone: torchrun ends all ranks as soon as one has left with a failure.
+        return _tell(found, me, board, json_file, console)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Config | None, Notes]:
@@ -144,10 +161,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _run_folder_token(config: Config | None, me: Identity, board: Board) -> Iterator[Token | None]:
+def _run_folder_token(config: Config | None, me: Identity, board: Board) -> Iterator[None]:
     """Rank 0 leaves a file in the folder of the runs while the others look for it; they get its name."""
     if me.rank != 0:
-        yield None
+        yield
         return
     token: Token | None = None
     if config is not None:
@@ -155,30 +172,32 @@ def _run_folder_token(config: Config | None, me: Identity, board: Board) -> Iter
         # Why it can't be written is found by the check of writing.
         perform("token", lambda _: made.append(Token(Path(config.train.run_dir))), _CHECK_SECONDS)
         token = made[0] if made else None
-    board.put("token", token.path.name if token is not None else "")
     try:
-        yield token
+        board.put("token", token.path.name if token is not None else "")
+        yield
     finally:
         if token is not None:
             perform("token", token.remove, _PARTING_SECONDS)
 
 
 def _look_around(
-    config: Config | None, configuration: Notes, me: Identity, board: Board, token: Token | None, probe: GpuProbe
-) -> Report:
-    """All checks of this rank; each that fails is a finding, and the others go on."""
-    all_notes = [configuration]
+    config: Config | None, looked: list[Notes], me: Identity, board: Board, probe: GpuProbe, ending: Ending
+) -> None:
+    """All checks of this rank, onto the list ``looked``; each that fails is a finding, and the others go on."""
 
     def look(check: str, action: Callable[[Notes], None]) -> Notes:
-        all_notes.append(perform(check, action, _CHECK_SECONDS))
-        return all_notes[-1]
+        looked.append(perform(check, action, _CHECK_SECONDS, ending.check))
+        return looked[-1]
 
     look("versions", lambda notes: check_versions(notes, probe))
     look("environment", lambda notes: check_environment(notes, me, os.environ))
     if config is not None:
         _look_at_configured(config, me, board, probe, look)
-    facts = {notes.check: notes.facts for notes in all_notes}
-    found = [(notes.check, level, text) for notes in all_notes for level, text in notes.found]
+
+
+def _report_of(me: Identity, looked: Sequence[Notes]) -> Report:
+    facts = {notes.check: notes.facts for notes in looked}
+    found = [(notes.check, level, text) for notes in looked for level, text in notes.found]
     return Report(me.rank, me.node, me.host, facts, found)
 
 
@@ -220,7 +239,8 @@ def _lead(
     config: Config | None,
     me: Identity,
     board: Board,
-    own: Report,
+    looked: Sequence[Notes],
+    ending: Ending,
     megabytes: int,
     join_seconds: float,
 ) -> _Result:
@@ -228,25 +248,46 @@ def _lead(
     others = range(1, me.world_size)
     here = board.collect("here", others, join_seconds)
     answers = board.collect("report", here, _ALL_SECONDS)
-    reports = [own, *(_report(answers[rank]) for rank in sorted(answers))]
-    hosts = Hosts(reports, me.world_size)
-    findings = _presence(me, here, answers, join_seconds)
-    needs, impossible = _needs(config, me.world_size, reports)
-    findings += [*impossible, *merge(reports), *compare_all(reports, hosts, needs)]
+    reports, hosts, needs, findings = _compare(config, me, looked, answers)
+    findings += presence(me, here, answers, join_seconds, _ALL_SECONDS)
     # A rank without a configuration, or without its device, can't join; nor can those that aren't there.
     able = sum(bool(report.facts["configuration"]) for report in reports) == me.world_size
     able = able and not any(one.level == "fail" and one.check in ("ranks", "gpu") for one in findings)
     board.put("go", {"join": able})
     measured: dict[int, Any] = {}
     if able and config is not None:
-        mine = _join(config, megabytes, join_seconds)
+        mine = _join(config, megabytes, join_seconds, ending.check)
         measured = {0: mine, **board.collect("measured", others, _timeout(config, join_seconds) + _MARGIN_SECONDS)}
         findings += _of_group(measured, hosts, needs, me.world_size)
     elif me.world_size > 1:
         text = "not joined, since what failed above hinders it: there is no figure of the network"
         findings.append(Finding("warn", "group", text))
-    name = config.train.name if config is not None else None
-    return _Result(name or "no configuration", findings, reports, hosts, measured)
+    return _Result(_name(config), findings, reports, hosts, measured, others)
+
+
+def _cut_off(config: Config | None, me: Identity, board: Board, looked: Sequence[Notes]) -> _Result:
+    """Rank 0, ended by the launcher: what it found, and what the others told until now."""
+    others = range(1, me.world_size)
+    answers, measured = board.collect("report", others, 0), board.collect("measured", others, 0)
+    reports, hosts, _, findings = _compare(config, me, looked, answers)
+    findings.append(cut_off(me, answers, measured))
+    # Those of this machine are ended, too.
+    elsewhere = range(me.local_world_size, me.world_size)
+    return _Result(_name(config), findings, reports, hosts, measured, elsewhere)
+
+
+def _compare(
+    config: Config | None, me: Identity, looked: Sequence[Notes], answers: Mapping[int, Any]
+) -> tuple[list[Report], Hosts, Needs, list[Finding]]:
+    """What rank 0 and the others found on their machines, and how that goes together."""
+    reports = [_report_of(me, looked), *(_report(answers[rank]) for rank in sorted(answers))]
+    hosts = Hosts(reports, me.world_size)
+    needs, impossible = _needs(config, me.world_size, reports)
+    return reports, hosts, needs, [*impossible, *merge(reports), *compare_all(reports, hosts, needs)]
+
+
+def _name(config: Config | None) -> str:
+    return (config.train.name if config is not None else None) or "no configuration"
 
 
 def _tell(
@@ -271,7 +312,7 @@ def _tell(
     finally:
         board.put("done", {"ready": ready})
         # Rank 0 may keep the store: the others have read what they must before it goes.
-        here = board.collect("here", range(1, me.world_size), 0)
+        here = board.collect("here", result.listeners, 0)
         board.collect("parted", here, _PARTING_SECONDS)
     return ready
 
@@ -295,27 +336,6 @@ def _follow(config: Config | None, me: Identity, board: Board, megabytes: int, j
 def _report(answer: Mapping[str, Any]) -> Report:
     found = [(check, level, text) for check, level, text in answer["found"]]
     return Report(answer["rank"], answer["node"], answer["host"], answer["facts"], found)
-
-
-def _presence(me: Identity, here: Mapping[int, str], answers: Mapping[int, Any], join_seconds: float) -> list[Finding]:
-    """Which ranks came, and which of them told what they found."""
-    missing = tuple(rank for rank in range(1, me.world_size) if rank not in here)
-    late = tuple(rank for rank in here if rank not in answers)
-    findings = []
-    if missing:
-        hosts = ", ".join(dict.fromkeys([me.host, *here.values()]))
-        text = (
-            f"{len(missing)} of {me.world_size} did not come within {join_seconds:g} s, those of {hosts} did: see the "
-            f"output of rank {missing[0]}, and whether its machine reaches {master_address()}"
-        )
-        findings.append(Finding("fail", "ranks", text, missing))
-    if late:
-        text = f"came, but told nothing within {_ALL_SECONDS:g} s: see the output of rank {late[0]}"
-        findings.append(Finding("fail", "ranks", text, late))
-    if not findings:
-        came = "all came" if me.world_size > 1 else "alone, without a launcher" if not me.launched else "the only one"
-        findings.append(Finding("ok", "ranks", came))
-    return findings
 
 
 def _needs(config: Config | None, world_size: int, reports: Sequence[Report]) -> tuple[Needs, list[Finding]]:
@@ -358,7 +378,9 @@ def _timeout(config: Config, join_seconds: float) -> float:
     return min(config.train.timeout_seconds, join_seconds)
 
 
-def _join(config: Config, megabytes: int, join_seconds: float) -> dict[str, Any]:
+def _join(
+    config: Config, megabytes: int, join_seconds: float, between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """``links``: what was measured; or ``error``: why not."""
     timeout = _timeout(config, join_seconds)
     shorter = config.model_copy(update={"train": config.train.model_copy(update={"timeout_seconds": timeout})})
@@ -373,7 +395,7 @@ def _join(config: Config, megabytes: int, join_seconds: float) -> dict[str, Any]
         except RuntimeError as error:
             notes.fail(str(error).strip().splitlines()[0][:200])
 
-    notes = perform("group", measure, timeout + _MEASURE_SECONDS)
+    notes = perform("group", measure, timeout + _MEASURE_SECONDS, between)
     if links and not notes.found:
         return {"links": links[0]}
     return {"error": notes.found[0][1]}

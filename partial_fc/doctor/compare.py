@@ -243,15 +243,21 @@ def compare_data(reports: Sequence[Report], hosts: Hosts) -> Iterator[Finding]:
         if len(groups) > 1:
             text = f"the verification set {name} has {_by_group(groups, hosts, unit=' bytes')}: copy it again"
             yield Finding("fail", "data", text)
-    first = of_rank.get(min(of_rank, default=0), [])
     speeds = list(facts_of(reports, "data", "read").values())
     speed = f", read at {_span([f'{value:,.0f}' for value in (min(speeds), max(speeds))])} MB/s" if speeds else ""
-    for number, one in enumerate(first):
-        text = f"{one['path']}: {_contents(one).split(' [')[0]}{speed if number == 0 else ''}"
-        yield Finding("ok", "data", text)
-    verification = ", ".join(sizes.get(min(sizes, default=0), {}))
-    if verification:
-        yield Finding("ok", "data", f"verification: {verification}")
+    for number in range(max(map(len, of_rank.values()), default=0)):
+        # Those of the first rank that has the set: where others differ, that is said above.
+        (path, contents), ranks = gather_by_value(
+            {
+                rank: (sets[number]["path"], _contents(sets[number]))
+                for rank, sets in of_rank.items()
+                if number < len(sets)
+            }
+        )[0]
+        yield Finding("ok", "data", f"{path}: {contents.split(' [')[0]}{speed if number == 0 else ''}", ranks)
+    for known, ranks in gather_by_value(sizes)[:1]:
+        if known:
+            yield Finding("ok", "data", f"verification: {', '.join(known)}", ranks)
 
 
 def _contents(one: Mapping[str, Any]) -> str:
@@ -357,9 +363,16 @@ def compare_all(reports: Sequence[Report], hosts: Hosts, needs: Needs) -> list[F
         lambda: compare_run_folders(reports, hosts, needs),
         lambda: compare_data(reports, hosts),
     ]
+    failed = {(check, report.rank) for report in reports for check, level, _ in report.found if level == "fail"}
     ranks: dict[Finding, list[int]] = {}
     for finding in (finding for compare in compared for finding in compare()):
-        ranks.setdefault(finding._replace(ranks=()), []).extend(finding.ranks)
+        on = finding.ranks
+        if finding.level == "ok" and not on and any(check == finding.check for check, _ in failed):
+            on = tuple(report.rank for report in reports if (finding.check, report.rank) not in failed)
+            if not on:
+                # Nothing is in order on no rank.
+                continue
+        ranks.setdefault(finding._replace(ranks=()), []).extend(on)
     return [finding._replace(ranks=tuple(sorted(on))) for finding, on in ranks.items()]
 
 

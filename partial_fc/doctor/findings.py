@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,9 @@ Level = Literal["ok", "warn", "fail"]
 
 # More hosts than this are counted, not named.
 _NAMED = 3
+# How often a wait for a check looks whether it is to end, and what a check gets to end in order then.
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 0.5
 
 
 class Identity(NamedTuple):
@@ -123,10 +127,18 @@ class Finding(NamedTuple):
     ranks: tuple[int, ...] = ()
 
 
-def perform(check: str, action: Callable[[Notes], None], seconds: float) -> Notes:
+def perform(
+    check: str, action: Callable[[Notes], None], seconds: float, between: Callable[[], None] = lambda: None
+) -> Notes:
     """Run one check; that it raises, or isn't done in time, is what it found.
 
     It runs in a thread: a call to a file system that doesn't answer can't be interrupted, only left behind.
+
+    Args:
+        check: its name.
+        action: what is done.
+        seconds: how long to wait for it.
+        between: called every tenth of a second of that; what it raises is raised here, and the check left behind.
     """
     notes = Notes(check)
 
@@ -142,8 +154,17 @@ def perform(check: str, action: Callable[[Notes], None], seconds: float) -> Note
             notes.fail(f"the check itself failed ({type(error).__name__}: {error}): report this as a bug")
 
     thread = threading.Thread(target=run, name=f"doctor-{check}", daemon=True)
+    between()
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        thread.join(min(_POLL_SECONDS, left))
+        try:
+            between()
+        except BaseException:
+            # It removes its files, if it can.
+            thread.join(_GRACE_SECONDS)
+            raise
     if thread.is_alive():
         late = Notes(check)
         late.fail(f"no answer within {seconds:g} s: see whether the file systems (df) and devices of this machine work")

@@ -44,9 +44,15 @@ def write_config(folder: Path, data: Path) -> Path:
 
 
 def examine(
-    folder: Path, data: Path, ranks: int | None, change: str = "", *overrides: str, shares_store: bool = False
+    folder: Path,
+    data: Path,
+    ranks: int | None,
+    change: str = "",
+    *overrides: str,
+    shares_store: bool = False,
+    on: int = 1,
 ) -> tuple[int, dict[str, Any], str]:
-    """(exit code, what --json has, standard output) of a job, in which ``change`` runs on rank 1 first.
+    """(exit code, what --json has, standard output) of a job, in which ``change`` runs on one rank first.
 
     Args:
         folder: of the configuration and what the job writes.
@@ -55,6 +61,7 @@ def examine(
         change: code that sees ``overrides``.
         overrides: of the configuration.
         shares_store: whether torchrun's agent keeps the store of the job (else rank 0 does).
+        on: that rank.
     """
     script, out = folder / "job.py", folder / "out.json"
     script.write_text(f"""
@@ -62,7 +69,7 @@ import os, sys, time
 from pathlib import Path
 from partial_fc import doctor
 overrides = {list(overrides)!r}
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK") == "{on}":
 {textwrap.indent(textwrap.dedent(change) or "pass", "    ")}
 path = Path({str(write_config(folder, data))!r})
 ready = doctor.run_doctor(path, overrides, megabytes=1, json_file=Path({str(out)!r}), join_seconds=20)
@@ -164,6 +171,43 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, data: Path) -> None:
     ((check, ranks, text),) = problems(content)
     assert code != 0 and check == "ranks" and ranks == [1] and text.startswith("1 of 3 did not come within 20 s")
     assert [one["rank"] for one in content["ranks"]] == [0, 2], "the others' findings are there"
+
+
+TOLD = """
+    board = doctor.open_board(doctor.read_identity(os.environ, "here"), 60)
+    assert board.wait("{name}", 0, 60) and board.wait("report", 1, 60)
+    # Not before rank 0's file is there, which must go.
+    assert list(Path({runs!r}).glob(".doctor-*"))
+    os._exit(3)
+"""
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("shares_store", [False, True])
+def test_a_rank_that_stops_doesnt_cost_what_the_others_found(tmp_path: Path, data: Path, shares_store: bool) -> None:
+    change = TOLD.format(name="report", runs=str(tmp_path / "runs"))
+    code, content, output = examine(tmp_path, data, 3, change, shares_store=shares_store, on=2)
+    ((check, ranks, text),) = problems(content)
+    assert code != 0 and check == "ranks" and ranks == [2]
+    assert text.startswith("told nothing before the launcher ended all ranks (SIGTERM)")
+    assert [one["rank"] for one in content["ranks"]] == [0, 1] and f"{CLASSES} classes" in output
+    assert output.splitlines()[-1].startswith("1 problem")
+    assert not (tmp_path / "runs").exists(), "no trace is left"
+
+
+@pytest.mark.torchrun
+def test_a_rank_that_stops_while_they_join(tmp_path: Path, data: Path) -> None:
+    change = f"""
+        def stop(config):
+{textwrap.indent(textwrap.dedent(TOLD.format(name="go", runs=str(tmp_path / "runs"))), " " * 12)}
+        doctor.joined_ranks = stop
+    """
+    code, content, output = examine(tmp_path, data, 3, change, on=2)
+    ((check, ranks, text),) = problems(content)
+    assert code != 0 and check == "ranks" and 2 in ranks
+    assert text.startswith("had not joined and measured yet when the launcher ended all ranks (SIGTERM)")
+    assert [one["rank"] for one in content["ranks"]] == [0, 1, 2]
+    assert not (tmp_path / "runs").exists(), "no trace is left"
 
 
 @pytest.mark.torchrun

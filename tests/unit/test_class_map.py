@@ -110,7 +110,7 @@ def test_a_removed_class_reads_back(tmp_path: Path) -> None:
     ("read", "content", "match"),
     [
         (read_order, "", "ids.txt: got no line, expected the old id of each new class"),
-        (read_order, "0\n\n1\n", "ids.txt:2: got '', expected a class id such as 17"),
+        (read_order, "0\n\n1\n", "ids.txt:2: got an empty line, expected the old id of class 1: every line counts"),
         (read_order, "0\n5\n", "ids.txt:2: got class 5, expected 0 to 4"),
         (read_order, "3\n0\n3\n", "ids.txt:3: class 3 stands in line 1, too: name each class once"),
         (read_order, "0\n-1\n", "ids.txt:2: got '-1', expected a class id"),

@@ -275,10 +275,17 @@ def test_the_parts_together_verify_everything_and_each_checks_names_and_run_json
             read_commit(folder, part=part, parts=9)
 
 
-def test_a_machine_in_trouble_says_nothing_about_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "passing",
+    ["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EAGAIN", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED"]
+    + ["ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH"],
+)
+def test_a_machine_in_trouble_says_nothing_about_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passing: str
+) -> None:
     make(tmp_path, 1)
     make(tmp_path, 2)
-    code = errno.ESTALE
+    code = getattr(errno, passing)
 
     def fail(path: Path, **options: Any) -> tuple[int, str]:
         raise OSError(code, os.strerror(code), str(path))
@@ -289,10 +296,52 @@ def test_a_machine_in_trouble_says_nothing_about_a_commit(tmp_path: Path, monkey
     with pytest.raises(OSError, match="run.json"):
         read_commit(tmp_path / "step-00000002")
     assert prune(tmp_path, keep_last=1, keep_best=False) == []
-    code = errno.EIO
+    monkeypatch.undo()
+    assert newest_commit(tmp_path, never) == read_commit(tmp_path / "step-00000002")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_cant_be_read_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    make(tmp_path, 1)
+    folder = make(tmp_path, 2)
+    failures = iter([OSError(errno.EIO, "Input/output error", str(folder / "__0_0.distcp"))] * times)
+
+    def read(path: Path, **options: Any) -> tuple[int, str]:
+        if path == folder / "__0_0.distcp" and (failure := next(failures, None)):
+            raise failure
+        return durable.sum_file(path, **options)
+
+    monkeypatch.setattr(commits, "sum_file", read)
     lines: list[str] = []
-    assert newest_commit(tmp_path, lines.append) is None
-    assert "step-00000002: run.json can't be read (Input/output error): it is not used, the previous" in lines[0]
+    commit = newest_commit(tmp_path, lines.append)
+    assert commit is not None and commit.step == (2 if times == 1 else 1)
+    why = "__0_0.distcp can't be read (Input/output error): it is not used, the previous commit is"
+    assert lines == ([] if times == 1 else [f"{folder}: {why}"])
+
+
+@pytest.mark.parametrize("code", [errno.EHOSTUNREACH, errno.ESTALE, errno.ECONNRESET, errno.EIO])
+def test_a_second_attempt_leaves_what_cant_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    folder = make(tmp_path, 2, b"first")
+    failures = iter([OSError(code, os.strerror(code), str(folder / "__0_0.distcp"))])
+
+    def read(path: Path, **options: Any) -> tuple[int, str]:
+        if path == folder / "__0_0.distcp" and (failure := next(failures, None)):
+            raise failure
+        return durable.sum_file(path, **options)
+
+    monkeypatch.setattr(commits, "sum_file", read)
+    if code == errno.EIO:
+        assert make(tmp_path, 2, b"other") == folder
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            make(tmp_path, 2, b"other")
+    assert (folder / "__0_0.distcp").read_bytes() == b"first" and read_commit(folder).step == 2
+    clean(tmp_path)
+    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_commits_by_name_newest_first(tmp_path: Path) -> None:

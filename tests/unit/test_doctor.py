@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import signal
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from partial_fc.doctor.board import Board, Ended, Ending, cut_off
 from partial_fc.doctor.compare import (
     Needs,
     compare_all,
@@ -189,6 +192,51 @@ def test_a_check_that_never_ends_is_left_behind() -> None:
     notes = perform("data", wait, 0.05)
     over.set()
     assert found_by(notes)[0] == "fail" and "no answer within 0.05 s" in found_by(notes)[1]
+
+
+def test_a_check_is_left_behind_where_the_launcher_ends_the_job() -> None:
+    started, end = threading.Event(), threading.Event()
+
+    def hang(notes: Notes) -> None:
+        started.set()
+        end.wait()
+
+    def between() -> None:
+        if started.is_set():
+            raise Ended
+
+    with pytest.raises(Ended):
+        perform("data", hang, 60, between)
+    end.set()
+
+
+def test_the_launchers_signal_ends_what_is_waited_for_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Ending(active=True) as ending:
+        board = Board(HashStore(), ALONE, ending.check)
+        board.put("here", "node1")
+        assert board.wait("here", 0, 60) == "node1"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Ended):
+            board.wait("report", 1, 60)
+        ending.answer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert board.collect("here", [0, 1], 0) == {0: "node1"}
+    with Ending(active=False):
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_the_launcher_cut_off() -> None:
+    me = FIRST_OF_TWO_HOSTS
+    found = [cut_off(me, *told) for told in (([1], []), ([1, 2, 3], [2]), ([1, 2, 3], [1, 2, 3]))]
+    assert [one.ranks for one in found] == [(2, 3), (1, 3), ()]
+    assert [one.text.split(" when ")[0].split(" before ")[0] for one in found] == [
+        "told nothing",
+        "had not joined and measured yet",
+        "not at the end yet",
+    ]
+    assert all(one.level == "fail" and "the launcher ended all ranks (SIGTERM)" in one.text for one in found)
 
 
 def test_a_local_rank_without_a_gpu_fails() -> None:
@@ -534,6 +582,32 @@ def test_data_that_differ_between_machines(tmp_path: Path) -> None:
     assert verification.startswith("the verification set lfw has 12 bytes on node1, 2097152 bytes on node2")
     same = reports([{"data": one}, {"data": one}])
     assert {finding.level for finding in compare_data(same, hosts_of(same))} == {"ok"}
+
+
+def test_what_is_in_order_is_so_on_the_other_ranks() -> None:
+    one = {"path": "/faces", "format": "recordio", "files": 2, "bytes": 10, "digest": "a", "classes": 24}
+    whole = {"data": {"sets": [one], "verification": {"demo_val": 5}}, "environment": {"switches": {"A": "1"}}}
+    of = reports([whole, {**whole, "data": {"sets": []}}, {**whole, "data": {"sets": [one]}}], hosts=1)
+    for rank, text in ((1, "/faces: can't read the data set"), (2, "demo_val is not there")):
+        of[rank].found.append(("data", "fail", text))
+    of[1].found.append(("environment", "warn", "a switch"))
+    found = compare_all(of, hosts_of(of), UNKNOWN)
+    assert [(one.text.split(",")[0], one.ranks) for one in found if one.check == "data"] == [
+        ("/faces: recordio", (0, 2)),
+        ("verification: demo_val", (0,)),
+    ]
+    assert only([one for one in found if one.check == "environment"], "ok").ranks == ()
+    of[1].found.append(("environment", "fail", "broken"))
+    assert only([one for one in compare_all(of, hosts_of(of), UNKNOWN) if one.check == "environment"], "ok").ranks == (
+        0,
+        2,
+    )
+    other = {**one, "digest": "b"}
+    of = reports([{"data": {"sets": [one]}}, {"data": {"sets": [one]}}, {"data": {"sets": [other]}}], hosts=1)
+    assert only(told(compare_data, of), "ok").ranks == (0, 1) and only(told(compare_data, of), "fail").ranks == ()
+    # The first rank has none.
+    of = reports([{"data": {"sets": []}}, {"data": {"sets": [one]}}], hosts=1)
+    assert only(told(compare_data, of), "ok").ranks == (1,)
 
 
 def test_versions_and_configurations_that_differ() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from partial_fc import cli_errors, cli_head, models
+from partial_fc import cli_errors, cli_head, head_tools, models
 from partial_fc.checkpoint import read_whole, surgery, tensor_shapes
 from partial_fc.checkpoint.commits import read_commit
 from partial_fc.checkpoint.surgery import write_commit
@@ -163,6 +166,26 @@ def test_extend_is_refused_in_a_line(run: Path, data: Path, tmp_path: Path) -> N
     assert not out.exists()
 
 
+def test_extend_says_how_the_new_images_are_trained_on(run: Path, data: Path, tmp_path: Path) -> None:
+    # The names are those of a user's files: blanks, brackets and quotes.
+    odd = data.rename(tmp_path / "it's {new}, a: b")
+    records.write_new(tmp_path / "third", [records.encode(records.smooth_image(9, SIDE, SIDE))], [0], 1)
+    file = tmp_path / "new.yaml"
+    sets = [{"path": str(odd), "format": "recordio", "threads": 1}, {"path": str(tmp_path / "third"), "weight": 0.5}]
+    file.write_text(yaml.safe_dump({"data": {**sets[0], "more": sets[1:]}}))
+    said = done("extend", run, tmp_path / "new", "--data", file)
+    (line,) = [line for line in said.splitlines() if "data.more=" in line]
+    (word,) = [word for word in shlex.split(line) if word.startswith("data.more=")]
+    del sets[0]["threads"]
+    trained = data_config(tmp_path / "old", [word]).data.more
+    assert [one.model_dump(exclude_defaults=True) for one in trained] == sets
+    assert "8 classes; new are 5 to 7" in said
+    file.write_text(yaml.safe_dump({"data": {**sets[0], "more": sets[1:], "merge_classes": True}}))
+    said = done("extend", run, tmp_path / "merged", "--data", file)
+    assert f"one set made of them (partial-fc prepare {file} NEW_SET), data.more=[{{path: NEW_SET}}] behind" in said
+    assert "7 classes; new are 5 to 6" in said
+
+
 def test_extend_needs_a_backbone_for_images(run: Path, data: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "w.npy", np.random.default_rng(0).normal(size=(5, SIZE)).astype(np.float32))
     done("import-weights", tmp_path / "w.npy", tmp_path / "w")
@@ -217,6 +240,20 @@ def test_a_change_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypat
     Path(f"{out}.classes.csv").touch()
     assert "new.classes.csv: is there already" in refused("remap", run, out, "--remove", tmp_path / "ids")
     assert Path(f"{out}.classes.csv").exists()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_folder_that_cant_be_written_is_a_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    def refuse(path: Any, *rest: Any, **options: Any) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    (tmp_path / "ids").write_text("1\n")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(*((surgery, "sum_files") if late else (head_tools, "write_class_map")), refuse)
+    said = refused("remap", run, tmp_path / "new", "--remove", tmp_path / "ids")
+    assert "can't be written (Read-only file system)" in said and "Traceback" not in said
 
 
 def test_an_unusable_commit_is_told_and_passed_over(run: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,10 +256,14 @@ def test_the_newest_usable_commit_of_a_run_is_found(tmp_path: Path) -> None:
 def test_what_is_no_commit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "file").touch()
+    make(tmp_path / "runs" / "faces" / "checkpoints" / "step-00000040", 3)
+    (make(tmp_path / "half", 3).folder / "commit.json").unlink()
     for path, match in (
         (tmp_path, "no commit is there, expected a commit, a run or a folder of commits"),
         (tmp_path / "nowhere", "no commit is there"),
-        (tmp_path / "checkpoints", "commit.json"),
+        (tmp_path / "checkpoints", "no commit is there, .* or a folder of commits named step-N"),
+        (tmp_path / "runs", "runs: no commit is there"),
+        (tmp_path / "half", "half: has no commit.json, so it was not written to its end"),
         (tmp_path / "file", "file: can't be read"),
     ):
         with pytest.raises(CheckpointError, match=match):
@@ -317,16 +323,39 @@ def test_the_memory_of_the_machine_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     check_memory(10**18, "this")
 
 
-def test_a_full_disk_is_a_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (errno.ENOSPC, "No space left on device): free the disk"),
+        (errno.EROFS, "Read-only file system): name a folder that can be written"),
+        (errno.EACCES, "Permission denied): correct the permissions"),
+        (errno.EIO, "Input/output error): look at that disk"),
+    ],
+)
+def test_a_disk_that_refuses_is_a_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, line: str
+) -> None:
     commit = make(tmp_path / "a", 3)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), str(tmp_path / "x"))
 
-    monkeypatch.setattr(surgery, "sum_files", full)
-    with pytest.raises(CheckpointError, match=r"x: can't be written \(No space left on device\): free the disk"):
+    monkeypatch.setattr(surgery, "sum_files", refuse)
+    with pytest.raises(CheckpointError, match=f"x: can't be written \\({re.escape(line)}$"):
         change_classes(commit, tmp_path / "b", np.arange(3), {})
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_one_process_is_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = make(tmp_path / "a", 3)
+
+    def elsewhere(root: Path, step: int) -> Path:
+        (tmp_path / "file").touch()
+        return tmp_path / "file" / "partial"
+
+    monkeypatch.setattr(surgery, "begin", elsewhere)
+    with pytest.raises(CheckpointError, match="partial: can't be written: NotADirectoryError: .*: look at that disk$"):
+        change_classes(commit, tmp_path / "b", np.arange(3), {})
 
 
 def test_one_old_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

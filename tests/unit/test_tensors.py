@@ -117,7 +117,7 @@ def test_a_broken_file_is_an_error_of_one_line(tmp_path: Path, what: str):
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="rank 0 can't write: NotADirectoryError") as caught:
+    with pytest.raises(CheckpointError, match="can't be written: NotADirectoryError") as caught:
         write_tensors(tmp_path / "file" / "folder", {"x": torch.ones(2)})
     assert "\n" not in str(caught.value)
 
