@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
 from hypothesis import settings
 
+from partial_fc import cli_errors
 from tests.ranks import RankPool
 
 # Examples are drawn anew from the same seed on each run, and a busy machine is no failure.
@@ -25,3 +27,13 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for living in pools.values():
         living.close()
+
+
+@pytest.fixture
+def leaves_by_raising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that end early raise SystemExit, instead of ending the process of the tests."""
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli_errors, "leave", leave)

@@ -15,9 +15,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from partial_fc import cli_errors, cli_head, head_tools, models
+from partial_fc import cli_head, head_tools, models
 from partial_fc.checkpoint import read_whole, surgery, tensor_shapes
 from partial_fc.checkpoint.commits import read_commit
 from partial_fc.checkpoint.surgery import write_commit
@@ -26,34 +25,15 @@ from partial_fc.data import Sources, decode_images, open_archive
 from partial_fc.data.class_map import read_class_map
 from partial_fc.head import PartialFC
 from tests import records
+from tests.commands import Commands
 
 SIDE, SIZE, CLASSES = 32, 8, 5
 
 
-@pytest.fixture(autouse=True)
-def leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(code: int) -> NoReturn:
-        raise SystemExit(code)
+pytestmark = pytest.mark.usefixtures("leaves_by_raising")
 
-    monkeypatch.setattr(cli_errors, "leave", leave)
-
-
-def call(*words: object) -> Any:
-    return CliRunner().invoke(cli_head.app, [str(word) for word in words])
-
-
-def done(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*words: object) -> str:
-    """The line that a command ends with."""
-    result = call(*words)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    return result.stderr
+commands = Commands(cli_head.app)
+call, done, refused = commands.call, commands.done, commands.refused
 
 
 def whole(folder: Path) -> dict[str, Tensor]:

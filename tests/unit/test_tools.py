@@ -14,43 +14,23 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from partial_fc import cli, cli_errors, tools
+from partial_fc import cli, tools
 from partial_fc.data.archives import open_archive
 from partial_fc.data.augment import Augmentation
 from partial_fc.data.contact_sheet import contact_sheet
 from partial_fc.errors import ConfigError, DataError
 from tests import formats, records
+from tests.commands import Commands
 
 SIDE = 48
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(code: int) -> NoReturn:
-        raise SystemExit(code)
+pytestmark = pytest.mark.usefixtures("leaves_by_raising")
 
-    monkeypatch.setattr(cli_errors, "leave", leave)
-
-
-def call(*words: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-def done(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(code: int, *words: object) -> str:
-    """The line that a command ends with."""
-    result = call(*words)
-    assert result.exit_code == code, result.output
-    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    return result.stderr
+commands = Commands(cli.app)
+call, done, refused = commands.call, commands.done, commands.refused
 
 
 def image(seed: int, side: int = SIDE) -> bytes:
@@ -130,10 +110,10 @@ def test_an_override_in_the_place_of_the_destination_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
-        refused(1, "prepare", data, "data.cache=cc") == "error: got 'data.cache=cc', expected the folder of the new "
+        refused("prepare", data, "data.cache=cc") == "error: got 'data.cache=cc', expected the folder of the new "
         "data set: name it before what is changed in the configuration\n"
     )
-    assert "got 'augment.flip=0', expected a data set: name it" in refused(1, "show", "augment.flip=0")
+    assert "got 'augment.flip=0', expected a data set: name it" in refused("show", "augment.flip=0")
     assert os.listdir(tmp_path) == ["data"]
     os.mkdir("data.cache=cc")
     done("prepare", data, "data.cache=cc")
@@ -166,8 +146,8 @@ def test_a_record_that_cannot_be_read_is_called_so(data: Path) -> None:
 
 
 def test_validate_of_no_set_ends_with_2(tmp_path: Path) -> None:
-    assert "nothere" in refused(2, "validate", tmp_path / "nothere")
-    assert "nothere" in refused(1, "show", tmp_path / "nothere")
+    assert "nothere" in refused("validate", tmp_path / "nothere", code=2)
+    assert "nothere" in refused("show", tmp_path / "nothere")
     ended = subprocess.run(
         [sys.executable, "-m", "partial_fc", "validate", tmp_path / "nothere"],
         cwd=ROOT,
@@ -186,18 +166,20 @@ def test_a_place_that_cannot_be_written_to_ends_it_before_the_work(
     for name in ("validate", "contact_sheet"):
         monkeypatch.setattr(tools, name, lambda *_, **__: pytest.fail("the work was done"))
     for place in (tmp_path / "no folder" / "x", tmp_path / "data" / "train.rec" / "x"):
-        line = refused(2, "validate", data, "--json", f"{place}.json")
+        line = refused("validate", data, "--json", f"{place}.json", code=2)
         assert f"{place}.json: can't be written (N" in line and line.endswith("): name another file\n")
-        assert f"{place}.png: can't be written (N" in refused(1, "show", data, "--out", f"{place}.png")
+        assert f"{place}.png: can't be written (N" in refused("show", data, "--out", f"{place}.png")
     os.mkdir(tmp_path / "folder.png")
-    assert "folder.png: can't be written (Is a directory)" in refused(1, "show", data, "--out", tmp_path / "folder.png")
-    assert "ends in '.bmp', expected .png, .jpg or .webp" in refused(1, "show", data, "--out", tmp_path / "x.bmp")
+    assert "folder.png: can't be written (Is a directory)" in refused(
+        "show", data, "--out", tmp_path / "folder.png", code=1
+    )
+    assert "ends in '.bmp', expected .png, .jpg or .webp" in refused("show", data, "--out", tmp_path / "x.bmp")
 
 
 def test_a_target_is_left_as_it_is_until_there_is_something_to_write(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     for name in ("old.json", "new.json"):
-        refused(2, "validate", tmp_path / "nothere", "--json", tmp_path / name)
+        refused("validate", tmp_path / "nothere", "--json", tmp_path / name, code=2)
     assert os.listdir(tmp_path) == ["old.json"] and (tmp_path / "old.json").read_text() == "old"
 
 
@@ -236,10 +218,12 @@ def test_each_option_of_show_has_its_effect(data: Path, tmp_path: Path) -> None:
 
 
 def test_show_refuses_what_the_format_has_no_room_for(data: Path, tmp_path: Path) -> None:
-    line = refused(1, "show", data, "--columns", 200, "--out", tmp_path / "x.webp")
+    line = refused("show", data, "--columns", 200, "--out", tmp_path / "x.webp")
     assert "expected at most 16383 a side" in line and "show fewer classes or columns" in line
     done("show", data, "--columns", 200, "--classes", 1, "--out", tmp_path / "x.jpg")
-    assert "expected at most 65500 a side" in refused(1, "show", data, "--columns", 700, "--out", tmp_path / "y.jpg")
+    assert "expected at most 65500 a side" in refused(
+        "show", data, "--columns", 700, "--out", tmp_path / "y.jpg", code=1
+    )
     assert not (tmp_path / "y.jpg").exists()
 
 
@@ -250,7 +234,7 @@ def test_a_picture_that_the_library_cannot_write_is_one_line(
         raise ValueError("encoding error 5")
 
     monkeypatch.setattr(Image.Image, "save", save)
-    line = refused(1, "show", data, "--out", tmp_path / "x.webp")
+    line = refused("show", data, "--out", tmp_path / "x.webp")
     assert line == f"error: {tmp_path / 'x.webp'}: can't be written (encoding error 5): name another file\n"
 
 
