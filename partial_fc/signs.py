@@ -135,10 +135,11 @@ class Board:
             self._publish(last=False)
             if request is not None:
                 request.set_result(self._read())
-        except Exception:  # Each kind of store raises its own. The backend has written to stderr what happened.
+        except Exception as error:  # This thread must go on; whoever asks is told what it was.
             self._own, self._retry_at = False, time.monotonic() + _RETRY_SECONDS
             if request is not None:
-                request.set_exception(StoreUnreachable())
+                # Those of a store are RuntimeErrors, and its backend has written to stderr what happened.
+                request.set_exception(StoreUnreachable() if isinstance(error, RuntimeError | OSError) else error)
 
     def _publish(self, *, last: bool) -> None:
         self._number += 1

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from partial_fc import build
 from partial_fc.build import Place
-from partial_fc.checkpoint import TrainingState, save_model
+from partial_fc.checkpoint import WRITE_TIMEOUT, TrainingState, save_model
 from partial_fc.config import Config
 from partial_fc.council import Council
 from partial_fc.data import Sources
@@ -157,9 +157,12 @@ class Trainer:
         folder = self.folder / "model"
         # What a run of another world size left there, when it was killed at its very end.
         from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        # Written in a thread with a group of its own: one rank's disk may take longer than a collective may.
+        group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT) if dist.is_initialized() else None
+        beat = functools.partial(self.watchdog.beat, "model")
         for attempt in range(LAST_ATTEMPTS):
             try:
-                save_model(folder, self.backbone, self.head)
+                agreed_while(lambda: save_model(folder, self.backbone, self.head, group), mine=True, beat=beat)
                 break
             except CheckpointError as error:
                 # Raised on every rank. A disk may be full for a while only.

@@ -14,11 +14,12 @@ from partial_fc.checkpoint.commits import (
     step_of,
     sum_files,
 )
-from partial_fc.checkpoint.saver import Saved, Saver
+from partial_fc.checkpoint.saver import WRITE_TIMEOUT, Saved, Saver
 from partial_fc.checkpoint.state import TrainingState, load_backbone, save_model
 from partial_fc.checkpoint.tensors import local_part, read_into, read_whole, sharded, tensor_shapes, write_tensors
 
 __all__ = [
+    "WRITE_TIMEOUT",
     "Commit",
     "FileSum",
     "Saved",

@@ -31,7 +31,7 @@ from partial_fc.memory import empty_rows
 T = TypeVar("T")
 
 # A rank may wait for another one's disk this long; the training is not held up by it.
-_WRITE_TIMEOUT = timedelta(hours=2)
+WRITE_TIMEOUT = timedelta(hours=2)
 # The writing gives way to the training, but is never starved while it holds the interpreter's lock.
 _NICENESS = 5
 # How long the end of a process waits for a thread that was told to stop.
@@ -89,7 +89,7 @@ class Saver:
         self._root, self._state = root, state
         self._keep_last, self._keep_best, self._background = keep_last, keep_best, background
         # The thread talks in its own group; what the training asks meanwhile goes through another.
-        self._writers, self._askers = _Ranks(_WRITE_TIMEOUT), _Ranks(timeout)
+        self._writers, self._askers = _Ranks(WRITE_TIMEOUT), _Ranks(timeout)
         self._staging = _Staging()
         if background:
             self._staging.reserve({**state.coming(), **state.tensors()})
@@ -125,7 +125,7 @@ class Saver:
             return False
         if broken:
             # gloo closes a group's connections for good where one of its collectives failed.
-            self._writers = _Ranks(_WRITE_TIMEOUT)
+            self._writers = _Ranks(WRITE_TIMEOUT)
         staged: dict[str, Tensor] = {}
         problem: Exception | None = None
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from partial_fc.checkpoint.tensors import local_part, read_into, sharded, tensor_shapes, write_tensors
@@ -20,13 +21,16 @@ _OPTIONAL = "rounded"
 _SHOWN = 3
 
 
-def save_model(folder: Path, backbone: nn.Module, head: PartialFC) -> None:
+def save_model(
+    folder: Path, backbone: nn.Module, head: PartialFC, process_group: dist.ProcessGroup | None = None
+) -> None:
     """Write backbone (rank 0's buffers) and class centres; collective.
 
     Args:
         folder: made if it isn't there.
         backbone: the same weights on every rank, without a DDP wrapper.
         head: its shards.
+        process_group: over which the ranks agree on what they write; None: the default group.
 
     Raises:
         CheckpointError: on every rank, where one can't write.
@@ -35,7 +39,7 @@ def save_model(folder: Path, backbone: nn.Module, head: PartialFC) -> None:
     if head.group.rank == 0:
         # BatchNorm statistics differ from rank to rank: the library would take each tensor from any of them.
         state |= _named("backbone", backbone.state_dict())
-    write_tensors(folder, state)
+    write_tensors(folder, state, process_group)
 
 
 def load_backbone(folder: Path, backbone: nn.Module) -> None:

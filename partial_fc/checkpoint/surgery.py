@@ -25,9 +25,8 @@ from partial_fc.checkpoint.commits import (
     newest_commit,
     read_commit,
     seal,
-    sum_files,
 )
-from partial_fc.checkpoint.tensors import read_into, tensor_shapes, write_tensors
+from partial_fc.checkpoint.tensors import read_into, tensor_shapes, write_summed
 from partial_fc.data.class_map import REMOVED, first_of_each
 from partial_fc.errors import CheckpointError, ConfigError
 from partial_fc.memory import empty_rows
@@ -119,7 +118,7 @@ def write_commit(out: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]
     try:
         partial = begin(out.parent, info["step"])
         try:
-            return seal(partial, info, sum_files(partial, write_tensors(partial, state)), target=out)
+            return seal(partial, info, write_summed(partial, state), target=out)
         finally:
             # Where the commit was made, there is nothing of that name any more.
             shutil.rmtree(partial, ignore_errors=True)

@@ -308,10 +308,10 @@ def test_fresh_processes_end_in_order_after_a_save(tmp_path: Path):
 
 def late_rank_job(rank: int, world_size: int, root: str) -> list[str | None]:
     """Saves 1 and 2; in the first, rank 1 writes longer than the others wait for it."""
-    saver._WRITE_TIMEOUT = timedelta(seconds=2)
+    saver.WRITE_TIMEOUT = timedelta(seconds=2)
     run = Run(13)
     saving = Saver(Path(root), run.state, keep_last=9, keep_best=False)
-    saver._WRITE_TIMEOUT = timedelta(seconds=60)  # of the next group
+    saver.WRITE_TIMEOUT = timedelta(seconds=60)  # of the next group
     genuine = saver.write_summed
 
     def late(*arguments: Any) -> Any:

@@ -235,3 +235,26 @@ def test_a_rank_that_hangs_in_a_commit_is_noticed(
     assert "15000ms" in output, "the group's timeout"
     assert run.status["state"] == "finished"
     assert_same_weights(run, undisturbed)
+
+
+# Rank 1's disk takes longer for the model at the end than a collective may.
+SLOW = """
+import os, time
+from partial_fc.checkpoint import state
+from partial_fc.cli import main
+genuine = state.write_tensors
+def write(*arguments):
+    if os.environ["RANK"] == "1":
+        time.sleep(16)
+    return genuine(*arguments)
+state.write_tensors = write
+main()
+"""
+
+
+def test_the_model_may_take_a_rank_longer_than_a_collective_may(jobs: Jobs, tmp_path: Path, data: Path) -> None:
+    run = Run(tmp_path, data, steps=6, commit_every=COMMIT_EVERY, timeout_seconds=6.0)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW, encoding="utf-8")
+    output = jobs.torchrun("slow", str(script), "train", str(run.config)).succeed(DEADLINE)
+    assert run.status["state"] == "finished" and "is gone" not in output and not run.lines("resumed")

@@ -340,7 +340,7 @@ def test_a_disk_that_refuses_is_a_line_and_leaves_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code), str(tmp_path / "x"))
 
-    monkeypatch.setattr(surgery, "sum_files", refuse)
+    monkeypatch.setattr(surgery, "seal", refuse)
     with pytest.raises(CheckpointError, match=f"x: can't be written \\({re.escape(line)}$"):
         change_classes(commit, tmp_path / "b", np.arange(3), {})
     assert os.listdir(tmp_path) == ["a"]
