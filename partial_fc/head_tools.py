@@ -16,8 +16,8 @@ from torch import Tensor
 from partial_fc import build
 from partial_fc.build import Place
 from partial_fc.checkpoint import load_backbone
-from partial_fc.checkpoint.commits import Commit
 from partial_fc.checkpoint.foreign import import_arcface, import_weights
+from partial_fc.checkpoint.marker import Commit
 from partial_fc.checkpoint.surgery import change_classes, check_memory, check_target, extend_classes, find_commit
 from partial_fc.config import Config, data_config
 from partial_fc.config_data import SourceConfig

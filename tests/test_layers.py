@@ -93,6 +93,7 @@ data.faces
 data.synthetic
 data
 checkpoint.durable
+checkpoint.marker
 checkpoint.commits
 checkpoint.tensors
 checkpoint.state

@@ -1,8 +1,6 @@
 """Checkpoints: commits on a disk, tensors in them, what a run saves, and saving beside the training."""
 
 from partial_fc.checkpoint.commits import (
-    Commit,
-    FileSum,
     begin,
     clean,
     discard_after,
@@ -11,9 +9,9 @@ from partial_fc.checkpoint.commits import (
     prune,
     read_commit,
     seal,
-    step_of,
     sum_files,
 )
+from partial_fc.checkpoint.marker import Commit, FileSum, step_of
 from partial_fc.checkpoint.saver import WRITE_TIMEOUT, Saved, Saver
 from partial_fc.checkpoint.state import TrainingState, load_backbone, save_model
 from partial_fc.checkpoint.tensors import local_part, read_into, read_whole, sharded, tensor_shapes, write_tensors

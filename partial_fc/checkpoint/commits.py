@@ -11,7 +11,6 @@ The sums find damage, not forgery: whoever may write the folder may write its ma
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -21,63 +20,26 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from partial_fc.checkpoint.durable import make_folder, sum_file, sync_file, sync_folder, write_file
+from partial_fc.checkpoint.marker import (
+    INFO,
+    MARKER,
+    Commit,
+    FileSum,
+    Unusable,
+    check_files,
+    check_info,
+    examine,
+    marker_of,
+    step_name,
+    step_of,
+    usable_info,
+)
 from partial_fc.errors import CheckpointError, ConfigError
 
-FORMAT = 1
-MARKER = "commit.json"
-INFO = "run.json"
-_NAME = re.compile(r"step-([0-9]{8,19})")
 _HIDDEN = re.compile(r"\.step-[0-9]{8,19}-[0-9a-f]{8}\.(partial|removed)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# What a loader reads of run.json, and the least value of a number.
-_NUMBERS = {"step": 0, "samples": 0, "num_classes": 1, "embedding_size": 1}
-# What passes and says nothing about a commit: an older one, taken for such a reason, would cost steps.
-_PASSING = frozenset(
-    (
-        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT),
-        *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED),
-        *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    )
-)
-
-T = TypeVar("T")
-
-
-class FileSum(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-        size: bytes.
-        sha256: 64 hexadecimal digits, lower case.
-    """
-
-    size: int
-    sha256: str
-
-
-class Commit(NamedTuple):
-    """A commit whose files are what was written.
-
-    Attributes:
-        folder: where it is.
-        info: ``run.json``.
-    """
-
-    folder: Path
-    info: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        step: int = self.info["step"]
-        return step
-
-
-class _Unusable(Exception):
-    """Why a folder is no commit, in words that go behind its name."""
 
 
 def begin(root: Path, step: int) -> Path:
@@ -88,7 +50,7 @@ def begin(root: Path, step: int) -> Path:
     """
     # A commit in a folder that is itself only in the machine's memory would go with it.
     make_folder(root)
-    partial = root / f".{_step_name(step)}-{secrets.token_hex(4)}.partial"
+    partial = root / f".{step_name(step)}-{secrets.token_hex(4)}.partial"
     partial.mkdir()
     return partial
 
@@ -128,20 +90,20 @@ def seal(partial: Path, info: Mapping[str, Any], sums: Mapping[str, FileSum], ta
             second one of the same file would report success.
     """
     try:
-        _check_info(info)
+        check_info(info)
         if INFO in sums or MARKER in sums:
-            raise _Unusable(f"the sums name {INFO} or {MARKER}, which are written last")
-        _check_files(partial, sums)
-    except _Unusable as why:
+            raise Unusable(f"the sums name {INFO} or {MARKER}, which are written last")
+        check_files(partial, sums)
+    except Unusable as why:
         raise CheckpointError(f"{partial}: {why}: the commit is not made, save again") from why
     if target is not None and os.path.lexists(target):
         raise CheckpointError(f"{target}: is there already, expected the name of a new commit: name another folder")
     for name in sums:
         sync_file(partial / name)
     write_file(partial / INFO, json.dumps(info, indent=1).encode())
-    write_file(partial / MARKER, _marker_of({**sums, INFO: FileSum(*sum_file(partial / INFO))}))
+    write_file(partial / MARKER, marker_of({**sums, INFO: FileSum(*sum_file(partial / INFO))}))
     sync_folder(partial)
-    folder = target or partial.parent / _step_name(info["step"])
+    folder = target or partial.parent / step_name(info["step"])
     _take_the_name(partial, folder)
     sync_folder(folder.parent)
     return folder
@@ -164,8 +126,8 @@ def read_commit(folder: Path, *, part: int = 0, parts: int = 1) -> Commit:
             nothing about the commit.
     """
     try:
-        return _examine(folder, part, parts)
-    except _Unusable as why:
+        return examine(folder, part, parts)
+    except Unusable as why:
         raise CheckpointError(f"{folder}: {why}: it can't be used, take another commit") from why
 
 
@@ -183,14 +145,6 @@ def list_commits(root: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in the name of a commit's folder; None where it has another name."""
-    match = _NAME.fullmatch(folder.name)
-    step = int(match[1]) if match else None
-    # 000000040 with nine digits would be a second name of step 40.
-    return step if step is not None and _step_name(step) == folder.name else None
-
-
 def newest_commit(root: Path, refused: Callable[[str], None]) -> Commit | None:
     """The newest usable commit of ``root``, verified whole; None where there is none.
 
@@ -204,8 +158,8 @@ def newest_commit(root: Path, refused: Callable[[str], None]) -> Commit | None:
     folders = list_commits(root)
     for number, folder in enumerate(folders, start=1):
         try:
-            return _examine(folder, 0, 1)
-        except _Unusable as why:
+            return examine(folder, 0, 1)
+        except Unusable as why:
             other = "the previous commit is" if number < len(folders) else "and there is no previous commit"
             refused(f"{folder}: {why}: it is not used, {other}")
     return None
@@ -237,7 +191,7 @@ def prune(root: Path, *, keep_last: int, keep_best: bool) -> list[Path]:
         raise ConfigError(f"keep_last is {keep_last}, expected at least 1: a run goes on from the newest commit")
     try:
         folders = list_commits(root)
-        usable = {folder: info for folder in folders if (info := _usable(folder)) is not None}
+        usable = {folder: info for folder in folders if (info := usable_info(folder)) is not None}
     except OSError:
         return []
     if len(usable) < keep_last:
@@ -291,143 +245,6 @@ def clean(root: Path) -> None:
                 shutil.rmtree(root / name, ignore_errors=True)
 
 
-def _step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _examine(folder: Path, part: int, parts: int) -> Commit:
-    """The commit, with the checksums of a part of its files verified.
-
-    Raises:
-        _Unusable: it is none.
-        OSError: the machine can't read it now.
-    """
-    assert 0 <= part < parts
-
-    def look() -> Commit:
-        commit, sums = _examine_but_sums(folder)
-        # By size, so that each part has about as much to read.
-        by_size = sorted(sums, key=lambda name: (-sums[name].size, name))
-        for name in by_size[part::parts]:
-            _check_sum(folder / name, sums[name])
-        return commit
-
-    return _reading(folder, look)
-
-
-def _examine_but_sums(folder: Path) -> tuple[Commit, dict[str, FileSum]]:
-    """As :func:`_examine`, without the checksums of files other than ``run.json``; and the sums that are expected."""
-    mode = os.lstat(folder).st_mode
-    if stat.S_ISLNK(mode):
-        raise _Unusable("is a symbolic link, expected a folder")
-    if not stat.S_ISDIR(mode):
-        raise _Unusable("is a file, expected a folder")
-    sums = _read_marker(folder)
-    _check_files(folder, sums, beside=frozenset((MARKER,)))
-    _check_sum(folder / INFO, sums[INFO])
-    info = _parse((folder / INFO).read_bytes(), INFO)
-    _check_info(info)
-    step = step_of(folder)
-    if step is not None and info["step"] != step:
-        raise _Unusable(f"{INFO} says step {info['step']}, expected step {step} as in the folder's name")
-    return Commit(folder, dict(info)), sums
-
-
-def _read_marker(folder: Path) -> dict[str, FileSum]:
-    try:
-        if not stat.S_ISREG(os.lstat(folder / MARKER).st_mode):
-            raise _Unusable(f"{MARKER} is no plain file")
-        content = (folder / MARKER).read_bytes()
-    except FileNotFoundError:
-        raise _Unusable(f"has no {MARKER}, so it was not written to its end") from None
-    marker = _parse(content, MARKER)
-    _check_format(marker, MARKER)
-    files = marker.get("files")
-    if not isinstance(files, dict):
-        raise _Unusable(f"{MARKER} lists no files")
-    sums = {name: _read_sum(name, entry) for name, entry in files.items()}
-    if INFO not in sums:
-        raise _Unusable(f"{MARKER} doesn't list {INFO}")
-    if content != _marker_of(sums):
-        raise _Unusable(f"{MARKER} isn't what was written")
-    return sums
-
-
-def _read_sum(name: str, entry: object) -> FileSum:
-    if name in ("", ".", "..", MARKER) or "/" in name or "\0" in name:
-        raise _Unusable(f"{MARKER} lists {name!r}, expected names of files in the folder")
-    if isinstance(entry, dict):
-        size, digest = entry.get("size"), entry.get("sha256")
-        if type(size) is int and size >= 0 and isinstance(digest, str) and _SHA256.fullmatch(digest):
-            return FileSum(size, digest)
-    raise _Unusable(f"{MARKER} has no size and SHA-256 of {_shown(name)}")
-
-
-def _marker_of(sums: Mapping[str, FileSum]) -> bytes:
-    files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(sums.items())}
-    return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
-
-
-def _parse(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError):
-        raise _Unusable(f"{name} ({len(content)} bytes) is not JSON") from None
-    if not isinstance(parsed, dict):
-        raise _Unusable(f"{name} holds no JSON object")
-    return parsed
-
-
-def _check_format(parsed: Mapping[str, Any], name: str) -> None:
-    number = parsed.get("format")
-    if type(number) is not int or number < 1:
-        raise _Unusable(f"{name} has format {number!r}, expected {FORMAT}")
-    if number > FORMAT:
-        raise _Unusable(f"{name} has format {number}, newer than format {FORMAT} of this version: update partial_fc")
-
-
-def _check_info(info: Mapping[str, Any]) -> None:
-    _check_format(info, INFO)
-    for key, least in _NUMBERS.items():
-        value = info.get(key)
-        if type(value) is not int or value < least:
-            raise _Unusable(f"{INFO} has {key} {value!r}, expected a whole number of at least {least}")
-    contents = info.get("contents")
-    if not isinstance(contents, list) or not all(isinstance(name, str) for name in contents):
-        raise _Unusable(f"{INFO} has contents {contents!r}, expected a list of names")
-
-
-def _check_files(folder: Path, sums: Mapping[str, FileSum], beside: frozenset[str] = frozenset()) -> None:
-    """The folder holds these files with these sizes, those of ``beside``, and nothing else."""
-    there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
-    for names, problem in (
-        (sums.keys() - there.keys(), "missing"),
-        (there.keys() - sums.keys() - beside, "not part of it"),
-    ):
-        if names:
-            others = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
-            raise _Unusable(f"{_shown(min(names))}{others} {problem}")
-    for name, expected in sorted(sums.items()):
-        if not stat.S_ISREG(there[name].st_mode):
-            raise _Unusable(f"{_shown(name)} is no plain file")
-        if there[name].st_size != expected.size:
-            raise _Unusable(f"{_shown(name)} has {there[name].st_size} bytes, expected {expected.size}")
-
-
-def _shown(name: str) -> str:
-    """A name as it goes into a line, whatever it is made of."""
-    return name if name.isprintable() else repr(name)
-
-
-def _check_sum(path: Path, expected: FileSum) -> None:
-    found = FileSum(*sum_file(path))
-    if found != expected:
-        raise _Unusable(
-            f"{_shown(path.name)} isn't what was written: it has SHA-256 {found.sha256[:12]}..., "
-            f"expected {expected.sha256[:12]}..."
-        )
-
-
 def _take_the_name(partial: Path, folder: Path) -> None:
     """Rename the sealed folder, unless a usable commit has the name.
 
@@ -436,8 +253,8 @@ def _take_the_name(partial: Path, folder: Path) -> None:
     """
     if os.path.lexists(folder):
         try:
-            _examine(folder, 0, 1)
-        except _Unusable:
+            examine(folder, 0, 1)
+        except Unusable:
             hidden = _hide(folder)
             os.rename(partial, folder)
             _delete(hidden)
@@ -445,14 +262,6 @@ def _take_the_name(partial: Path, folder: Path) -> None:
             _delete(partial)
     else:
         os.rename(partial, folder)
-
-
-def _usable(folder: Path) -> dict[str, Any] | None:
-    """``run.json`` of a commit that is usable as far as can be seen without reading its data; else None."""
-    try:
-        return _reading(folder, lambda: _examine_but_sums(folder)[0].info)
-    except _Unusable:
-        return None
 
 
 def _best(usable: Mapping[Path, Mapping[str, Any]]) -> set[Path]:
@@ -483,21 +292,3 @@ def _delete(path: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return stat.S_ISDIR(os.lstat(path).st_mode)
-
-
-def _reading(folder: Path, look: Callable[[], T]) -> T:
-    """What can't be read is unusable, unless the machine is to blame; an input/output error is tried once more."""
-    tries = 2
-    while True:
-        tries -= 1
-        try:
-            return look()
-        except OSError as error:
-            if error.errno in _PASSING:
-                raise
-            if error.errno == errno.EIO and tries:
-                # A network's file system says so of a server that is away for a moment.
-                continue
-            place = Path(error.filename or folder)
-            what = "" if place == folder else f"{place.name} "
-            raise _Unusable(f"{what}can't be read ({error.strerror or error})") from error

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partial_fc import models
-from partial_fc.checkpoint.commits import FORMAT
+from partial_fc.checkpoint.marker import FORMAT
 from partial_fc.checkpoint.surgery import CENTRES, check_memory, check_target, write_commit
 from partial_fc.errors import CheckpointError, ConfigError
 from partial_fc.models.iresnet import STRIDE

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from partial_fc.checkpoint.commits import FORMAT, FileSum, begin, prune, seal
+from partial_fc.checkpoint.commits import begin, prune, seal
+from partial_fc.checkpoint.marker import FORMAT, FileSum
 from partial_fc.checkpoint.state import TrainingState
 from partial_fc.checkpoint.tensors import local_part, sharded, write_summed
 from partial_fc.errors import PartialFCError

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from partial_fc.checkpoint.commits import (
-    MARKER,
-    Commit,
     begin,
     list_commits,
     newest_commit,
     read_commit,
     seal,
 )
+from partial_fc.checkpoint.marker import MARKER, Commit
 from partial_fc.checkpoint.tensors import read_into, tensor_shapes, write_summed
 from partial_fc.data.class_map import REMOVED, first_of_each
 from partial_fc.errors import CheckpointError, ConfigError

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 
-from partial_fc.checkpoint.commits import FileSum
+from partial_fc.checkpoint.marker import FileSum
 from partial_fc.errors import CheckpointError
 from partial_fc.sharding import ClassShards
 

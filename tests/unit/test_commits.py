@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partial_fc.checkpoint import commits, durable
+from partial_fc.checkpoint import durable, marker
 from partial_fc.checkpoint.commits import (
     Commit,
     FileSum,
@@ -50,7 +50,7 @@ def rename_info(folder: Path, **changes: Any) -> None:
     info = {key: value for key, value in {**info, **changes}.items() if value is not ...}
     (folder / "run.json").write_text(json.dumps(info))
     sums = sum_files(folder, ["run.json", ".metadata", "__0_0.distcp"])
-    (folder / "commit.json").write_bytes(commits._marker_of(sums))
+    (folder / "commit.json").write_bytes(marker.marker_of(sums))
 
 
 def names(root: Path) -> list[str]:
@@ -290,7 +290,7 @@ def test_a_machine_in_trouble_says_nothing_about_a_commit(
     def fail(path: Path, **options: Any) -> tuple[int, str]:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(commits, "sum_file", fail)
+    monkeypatch.setattr(marker, "sum_file", fail)
     with pytest.raises(OSError, match="run.json"):
         newest_commit(tmp_path, never)
     with pytest.raises(OSError, match="run.json"):
@@ -313,7 +313,7 @@ def test_a_file_that_cant_be_read_is_read_once_more(
             raise failure
         return durable.sum_file(path, **options)
 
-    monkeypatch.setattr(commits, "sum_file", read)
+    monkeypatch.setattr(marker, "sum_file", read)
     lines: list[str] = []
     commit = newest_commit(tmp_path, lines.append)
     assert commit is not None and commit.step == (2 if times == 1 else 1)
@@ -333,7 +333,7 @@ def test_a_second_attempt_leaves_what_cant_be_read_for_a_moment(
             raise failure
         return durable.sum_file(path, **options)
 
-    monkeypatch.setattr(commits, "sum_file", read)
+    monkeypatch.setattr(marker, "sum_file", read)
     if code == errno.EIO:
         assert make(tmp_path, 2, b"other") == folder
     else:

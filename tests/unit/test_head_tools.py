@@ -231,7 +231,7 @@ def test_a_folder_that_cant_be_written_is_a_line(
 
     (tmp_path / "ids").write_text("1\n")
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(*((surgery, "sum_files") if late else (head_tools, "write_class_map")), refuse)
+    monkeypatch.setattr(*((surgery, "seal") if late else (head_tools, "write_class_map")), refuse)
     said = refused("remap", run, tmp_path / "new", "--remove", tmp_path / "ids")
     assert "can't be written (Read-only file system)" in said and "Traceback" not in said
 
