@@ -1,12 +1,13 @@
 """The head's collectives under names of the domain: every byte that the head sends goes through this file.
 
 Legend: W ranks, b rows of this rank, B rows of the global batch, d embedding size. The process group is read once and
-becomes integers. Each call is counted by name in :attr:`HeadGroup.calls`. Those that something can run beside return a
-:class:`Pending` result.
+becomes integers. Each call is counted by name in :attr:`HeadGroup.calls`, what it sends in :attr:`HeadGroup.bytes`.
+Those that something can run beside return a :class:`Pending` result.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -24,7 +25,32 @@ _reduce_scatter: Callable[..., Any] = getattr(
 )
 
 
+# Names of the head's collectives, which calls and bytes are counted by.
+COLLECTIVES = (
+    "sizes",
+    "labels",
+    "embeddings",
+    "target_cosines",
+    "normalizers",
+    "embedding_gradient",
+    "candidates",
+    "sums",
+)
+
 Result = TypeVar("Result")
+# Entered while a result is waited for.
+Waiting = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def ring_bytes(size: int, ranks: int, *, sums: bool = False) -> int:
+    """Bytes that each rank sends by the ring algorithm.
+
+    Args:
+        size: bytes of what a gather makes, a reduce-scatter takes, or a sum sums.
+        ranks: W.
+        sums: whether it's a sum on every rank, which is twice the (W - 1) / W of the whole that the others take.
+    """
+    return (2 if sums else 1) * size * (ranks - 1) // ranks
 
 
 class Pending(Generic[Result]):
@@ -33,15 +59,17 @@ class Pending(Generic[Result]):
     Args:
         work: what the backend gave; None: the result is there.
         finish: makes the result of what arrived.
+        waiting: entered while the work is waited for.
     """
 
-    def __init__(self, work: Any, finish: Callable[[], Result]) -> None:
-        self._work, self._finish = work, finish
+    def __init__(self, work: Any, finish: Callable[[], Result], waiting: Waiting = contextlib.nullcontext) -> None:
+        self._work, self._finish, self._waiting = work, finish, waiting
 
     def wait(self) -> Result:
         """The result. On a GPU the stream waits for it, not the host."""
         if self._work is not None:
-            self._work.wait()
+            with self._waiting():
+                self._work.wait()
             self._work = None
         return self._finish()
 
@@ -57,6 +85,8 @@ class HeadGroup:
         world_size: W.
         reaches_host: whether tensors on the host can be sent.
         calls: how often each collective ran, by name.
+        bytes: what this rank sent, by name, where the backend uses ring algorithms (:func:`ring_bytes`).
+        waiting: what is entered while a collective is waited for; a trainer counts the time there.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -67,6 +97,8 @@ class HeadGroup:
             self.rank, self.world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
             self.reaches_host = self.world_size == 1 or "cpu:" in dist.get_backend_config(process_group)
         self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.waiting: Waiting = contextlib.nullcontext
 
     def gather_sizes(self, rows: int, device: torch.device) -> list[int]:
         """Rows of each rank's batch, where they may differ (one integer a rank)."""
@@ -88,8 +120,9 @@ class HeadGroup:
         """Target cosines ``[B]`` (and what rides along), each known to its owner and 0 elsewhere. In place."""
         if self.world_size == 1:
             return Pending(None, lambda: cosine)
-        self.calls["target_cosines"] += 1
-        return Pending(dist.all_reduce(cosine, group=self._group, async_op=True), lambda: cosine)
+        self._count("target_cosines", cosine, sums=True)
+        work = dist.all_reduce(cosine, group=self._group, async_op=True)
+        return Pending(work, lambda: cosine, self.waiting)
 
     def gather_normalizers(self, parts: Tensor) -> Tensor:
         """Each shard's partial normalizers ``[n, B]`` (maximum, sum, and what goes with them): ``[W, n, B]``."""
@@ -106,9 +139,9 @@ class HeadGroup:
                 row[: len(part)] = part
             gradient = padded.flatten(0, 1)
         mine = gradient.new_empty(most, *gradient.shape[1:])
-        self.calls["embedding_gradient"] += 1
+        self._count("embedding_gradient", gradient)
         work = _reduce_scatter(mine, gradient.contiguous(), group=self._group, async_op=True)
-        return Pending(work, lambda: mine[: sizes[self.rank]])
+        return Pending(work, lambda: mine[: sizes[self.rank]], self.waiting)
 
     def gather_candidates(self, candidates: Tensor) -> Tensor:
         """Each shard's top-k values or classes ``[B, k]`` of :meth:`PartialFC.topk`: ``[W, B, k]``."""
@@ -117,8 +150,9 @@ class HeadGroup:
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """Sum of a small tensor (a squared norm, a count) over the shards. In place."""
         if self.world_size > 1:
-            self.calls["sums"] += 1
-            dist.all_reduce(value, group=self._group)
+            self._count("sums", value, sums=True)
+            with self.waiting():
+                dist.all_reduce(value, group=self._group)
         return value
 
     def _stack(self, name: str, tensor: Tensor) -> Tensor:
@@ -142,8 +176,13 @@ class HeadGroup:
                 return gathered.flatten(0, 1)
             return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
-        return Pending(work, finish)
+        return Pending(work, finish, self.waiting)
 
     def _gather(self, name: str, output: Tensor, tensor: Tensor, *, wait: bool = True) -> Any:
+        self._count(name, output)
+        with self.waiting() if wait else contextlib.nullcontext():
+            return _all_gather(output.flatten(), tensor.flatten(), group=self._group, async_op=not wait)
+
+    def _count(self, name: str, whole: Tensor, *, sums: bool = False) -> None:
         self.calls[name] += 1
-        return _all_gather(output.flatten(), tensor.flatten(), group=self._group, async_op=not wait)
+        self.bytes[name] += ring_bytes(whole.nbytes, self.world_size, sums=sums)

@@ -17,7 +17,13 @@ from pydantic import Field, field_validator, model_validator
 
 from partial_fc.config_data import AugmentConfig, DataConfig, data_contradictions
 from partial_fc.config_reader import Contradiction, raise_contradictions, read_model, write_yaml
-from partial_fc.config_train import CheckpointConfig, EvaluateConfig, MetricsConfig, TrainConfig
+from partial_fc.config_train import (
+    CheckpointConfig,
+    EvaluateConfig,
+    MetricsConfig,
+    TrainConfig,
+    metrics_contradictions,
+)
 from partial_fc.config_types import BelowOne, Cosine, Count, NotNegative, Positive, Section
 
 
@@ -365,6 +371,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     ):
         text = "got bounds of MagFace that don't rise, expected l_a < u_a and l_m <= u_m"
         yield Contradiction(("head.margin",), text)
+    yield from metrics_contradictions(config.metrics)
     saves = config.checkpoint.every_steps is not None or config.checkpoint.every_minutes is not None
     if train.on_divergence == "rollback" and not saves:
         text = "got rollback without a commit to go back to, expected checkpoint.every_steps or every_minutes with it"

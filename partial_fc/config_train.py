@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from partial_fc.config_reader import Contradiction
 from partial_fc.config_types import AboveOne, Count, Positive, Section
+
+# A part of a host's name; underscores are in names of containers and pods.
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 class TrainConfig(Section):
@@ -81,7 +88,44 @@ class MetricsConfig(Section):
     port: Annotated[int, Field(ge=1, le=65535)] = 9400
     """Port of local rank 0; local rank r serves on port + r."""
     address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for a Prometheus on another machine."""
+    """Address to listen on; 0.0.0.0 for a Prometheus on another machine (:: with IPv6). Whoever reaches the port can
+    read the metrics, unless tls_client_ca or user asks who he is."""
+    advertise: Annotated[str, Field(min_length=1)] | None = None
+    """Name or address by which Prometheus reaches this machine, for the run's targets.json; null: address, or where
+    that is 0.0.0.0 or ::, the machine's address towards the rendezvous host."""
+    tls_certificate: Annotated[str, Field(min_length=1)] | None = None
+    """PEM file with the certificate (and those between it and the root), for HTTPS; read again when it changes. Null:
+    HTTP."""
+    tls_key: Annotated[str, Field(min_length=1)] | None = None
+    """PEM file with its private key, without a passphrase."""
+    tls_client_ca: Annotated[str, Field(min_length=1)] | None = None
+    """PEM file with the authorities that a client's certificate must come from; null: clients need none."""
+    user: Annotated[str, Field(pattern=r"^[^:]+$")] | None = None
+    """User of HTTP's basic authentication, which hides nothing from the network without TLS; null: none is asked
+    for."""
+    password_file: Annotated[str, Field(min_length=1)] | None = None
+    """File whose first line is the user's password."""
+
+
+def metrics_contradictions(metrics: MetricsConfig) -> Iterator[Contradiction]:
+    """What no single value of the section shows, and what a type can't say."""
+    pairs = [("tls_certificate", "tls_key"), ("tls_key", "tls_certificate")]
+    pairs += [("user", "password_file"), ("password_file", "user"), ("tls_client_ca", "tls_certificate")]
+    for key, other in pairs:
+        if getattr(metrics, key) is not None and getattr(metrics, other) is None:
+            text = f"got {getattr(metrics, key)}, expected metrics.{other} with it"
+            yield Contradiction((f"metrics.{key}", f"metrics.{other}"), text)
+    if metrics.advertise is not None and not _is_host(metrics.advertise):
+        text = f"got {metrics.advertise}, expected a host's name or address, without scheme, port or brackets"
+        yield Contradiction(("metrics.advertise",), text)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        # 0.0.0.0 is where one listens; nobody can be reached there.
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return len(text) <= 253 and all(_LABEL.fullmatch(label) for label in text.removesuffix(".").split("."))
 
 
 class EvaluateConfig(Section):

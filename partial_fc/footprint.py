@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from partial_fc.chunks import classes_in_cache, default_budget, equal_chunks
+from partial_fc.collectives import ring_bytes
 
 # glibc keeps freed blocks of up to 32 MiB (its largest threshold for blocks that go back to the system at once).
 CPU_RUNTIME = 32 << 20
@@ -231,12 +232,8 @@ def payload(plan: HeadPlan) -> Sizes:
 
 
 def on_the_wire(name: str, size: int, ranks: int) -> int:
-    """Bytes that each rank sends for a collective by the ring algorithm.
-
-    (W - 1) / W of the whole for a gather or a reduce-scatter, twice that for a sum.
-    """
-    sums = name in ("target_cosines", "backbone_gradient")
-    return (2 if sums else 1) * size * (ranks - 1) // ranks
+    """Bytes that each rank sends for a collective by the ring algorithm."""
+    return ring_bytes(size, ranks, sums=name in ("target_cosines", "backbone_gradient"))
 
 
 def operations(plan: HeadPlan) -> int:

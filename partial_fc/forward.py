@@ -72,7 +72,13 @@ def forward(embeddings: Tensor, weight: Tensor, step: Step, *, keep: bool) -> tu
     reduced = _reduce(normalizer, target, norm_B, step)
     loss, failed = _checked(reduced.loss, finite_B, step)
     step.result = StepResult(
-        target_cosine_B, normalizer.support_vectors_B, failed, finite_B, dict(margin_state), dict(negatives_state)
+        target_cosine_B,
+        normalizer.support_vectors_B,
+        failed,
+        finite_B,
+        _norm_range(forward.inverse_norm_P),
+        dict(margin_state),
+        dict(negatives_state),
     )
     saved = Saved(
         unit_bd=unit_bd,
@@ -134,6 +140,14 @@ def _checked(loss: Tensor, finite_B: Tensor, step: Step) -> tuple[Tensor, Tensor
             "(nothing was trained on this batch; go back to an earlier saved model)"
         )
     return loss, None
+
+
+def _norm_range(inverse_norm_P: Tensor) -> Tensor | None:
+    """Smallest and largest of the norms."""
+    if len(inverse_norm_P) == 0:
+        return None
+    least, most = inverse_norm_P.aminmax()
+    return torch.stack([most, least]).reciprocal()
 
 
 def _with_norms(unit_bd: Tensor, norm_b: Tensor | None) -> Tensor:

@@ -48,14 +48,16 @@ class HeadStats:
         support_vectors: mean number of raised negatives a sample; None for ``Plain``.
         support_vector_share: share of the samples with at least one; None for ``Plain``.
         sampled_classes: classes that this rank walked (all of its shard where nothing is sampled).
-        positive_classes: distinct classes of the batch in this rank's shard; None where nothing is sampled.
+        positive_classes: distinct classes of the global batch in this rank's shard.
+        centre_norms: smallest and largest norm ``[2]`` of the centres that this rank walked; None where it has none.
     """
 
     target_cosine: Tensor
     support_vectors: Tensor | None
     support_vector_share: Tensor | None
     sampled_classes: int
-    positive_classes: int | None
+    positive_classes: int | Tensor
+    centre_norms: Tensor | None
 
 
 class PartialFC(nn.Module):
@@ -416,7 +418,8 @@ class PartialFC(nn.Module):
             support_vectors=None if counts is None else counts.float().mean(),
             support_vector_share=None if counts is None else (counts > 0).float().mean(),
             sampled_classes=step.walked,
-            positive_classes=None if prepared.sampled is None else prepared.sampled.positives,
+            positive_classes=self._positives(prepared),
+            centre_norms=result.centre_norms,
         )
         if step.trains:
             self._keep("margin", result.margin_state, result.failed)
@@ -430,6 +433,14 @@ class PartialFC(nn.Module):
         if prepared.trains:
             # The optimizer reads this: a failed step moves no momentum and decays no weight.
             self.weight.failed_step = result.failed  # type: ignore[attr-defined]
+
+    def _positives(self, prepared: Prepared) -> int | Tensor:
+        """How many distinct labels are of this shard; no device is waited for."""
+        if prepared.sampled is not None:
+            return prepared.sampled.positives
+        labels = prepared.labels.sort().values
+        first = torch.cat([torch.ones_like(labels[:1], dtype=torch.bool), labels[1:] != labels[:-1]])
+        return (first & (labels >= self._start) & (labels < self._end)).sum()
 
     def _claim(self, serial: int, training: bool) -> RowUpdater | None:
         updater: RowUpdater | None = getattr(self.weight, "row_updater", None)

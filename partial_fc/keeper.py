@@ -124,11 +124,14 @@ class Keeper:
         every = self._config.checkpoint.every_steps
         return self._owed or (every is not None and self._kept.progress.step % every == 0)
 
-    def resume(self, num_images: int) -> None:
+    def resume(self, num_images: int) -> int:
         """Load the commit that the start found, where there is one.
 
         Args:
             num_images: of the data set, of which a commit holds the number, too.
+
+        Returns:
+            How often the run was started again by now.
 
         Raises:
             CheckpointError: on every rank, where it doesn't fit the configuration.
@@ -142,11 +145,13 @@ class Keeper:
             if before != num_images:
                 self._journal.warn(f"the data had {before} images at the commit, and has {num_images}: another order")
             self._metrics.record_resume(commit.step)
+        restarts = 0
         if self._start.resumes:
             # What was lowered stays so, even where nothing was committed since.
-            lowered = from_first(self._last_factor)
+            lowered, before = from_first(self._history)
             if lowered is not None:
                 progress.rate_factor, progress.rollbacks = lowered
+            restarts = before + 1
         self._look_at_rates(commit)
         if commit is not None or self._start.resumes:
             self._journal.record(
@@ -157,6 +162,7 @@ class Keeper:
                 learning_rate_factor=progress.rate_factor,
                 rollbacks=progress.rollbacks,
             )
+        return restarts
 
     def after_step(self) -> None:
         """Commit where one is due, and say what came of the last."""
@@ -201,12 +207,14 @@ class Keeper:
             self._report()
         return from_first(lambda: self._committed)
 
-    def _last_factor(self) -> tuple[float, int] | None:
-        """What the run's last start or rollback left of the learning rates, and the count of rollbacks."""
-        for line in reversed(read_journal(self._start.folder / "metrics.jsonl")):
+    def _history(self) -> tuple[tuple[float, int] | None, int]:
+        """What the last start or rollback left of the learning rates, with the count of rollbacks; restarts."""
+        lines = read_journal(self._start.folder / "metrics.jsonl")
+        restarts = sum(line["kind"] == "resumed" for line in lines)
+        for line in reversed(lines):
             if line["kind"] in ("rollback", "resumed") and "learning_rate_factor" in line:
-                return line["learning_rate_factor"], line["rollbacks"]
-        return None
+                return (line["learning_rate_factor"], line["rollbacks"]), restarts
+        return None, restarts
 
     def _look_at_rates(self, commit: Commit | None) -> None:
         """Learning rates that somebody has changed since count as they are written; else say what rollbacks left."""

@@ -42,6 +42,8 @@ class RowOptimizer(torch.optim.Optimizer):
     Attributes:
         loss_scale: what the loss was multiplied by: gradients are divided by it before anything else. Set it before
             ``backward`` (in backward) or ``step``; 1 at first. An overflow is looked for by whoever scales the loss.
+        gradient_square: where it's a 0-dim tensor (float32, on the parameters' device), each update adds the square of
+            its gradient's norm, before clipping and decay; None (at first): nothing is looked at.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RowOptimizer(torch.optim.Optimizer):
         require(kernels in BACKENDS, name, "kernels", kernels, f"one of {', '.join(BACKENDS)}")
         super().__init__(params, {**defaults, "max_value": max_value, "max_row_norm": max_row_norm})
         self.in_backward, self.loss_scale = in_backward, 1.0
+        self.gradient_square: Tensor | None = None
         self._state_dtype, self._seed, self._backend = state_dtype, seed, kernels
         self._packed: dict[tuple[Any, ...], Tensor] = {}
         if in_backward:
@@ -157,6 +160,8 @@ class RowOptimizer(torch.optim.Optimizer):
         kernels = choose_kernels(self._backend, param.device, gradient.dtype, param.numel())
         if self.loss_scale != 1:
             gradient.mul_(1 / self.loss_scale)
+        if self.gradient_square is not None:
+            self.gradient_square += torch.linalg.vector_norm(gradient).square()
         most, norm = group["max_value"], group["max_row_norm"]
         if most is not None or norm is not None:
             bounds = [math.inf if bound is None else bound for bound in (most, norm)]

@@ -86,8 +86,17 @@ def open_run_folder(config: Config, place: Place) -> Start:
     assert folder is not None
     agreed(lambda: _await(folder / "config.yaml", config))
     known = sorted({agent for agent in agents if agent is not None})
-    status = Status(folder, active=place.rank == 0, name=config.train.name, origin=config.train.resume, agents=known)
-    if not chosen.finished:
+    status = Status(
+        folder,
+        active=place.rank == 0,
+        tells=place.local_rank == 0,
+        name=config.train.name,
+        origin=config.train.resume,
+        agents=known,
+    )
+    if chosen.finished:
+        status.tell("finished")
+    else:
         status.write("running", 0 if commit is None else commit.step, committed=None if commit is None else commit.step)
     return Start(folder, commit, chosen.resumes, chosen.finished, status, lock)
 

@@ -20,6 +20,8 @@ from typing import IO, Any
 
 from partial_fc.errors import PartialFCError
 
+# Names a file of this machine for the launcher's eyes: the state of the run that it started, a word.
+OUTCOME = "PARTIAL_FC_OUTCOME"
 _FILE = "status.json"
 # A job that restarts may meet the last breaths of the process that held the lock.
 _LOCK_SECONDS = 60.0
@@ -28,16 +30,18 @@ _log = logging.getLogger(__name__)
 
 
 class Status:
-    """Writes the status; on other ranks than 0 every method does nothing.
+    """Writes the status; on other ranks than 0 it only tells the machine's launcher, where that wants to know.
 
     Args:
         folder: the run's.
         active: whether this is rank 0.
+        tells: whether this is local rank 0, which writes the state into the file that ``PARTIAL_FC_OUTCOME`` names.
         content: what every status holds, such as the run's name.
     """
 
-    def __init__(self, folder: Path, *, active: bool, **content: Any) -> None:
+    def __init__(self, folder: Path, *, active: bool, tells: bool = False, **content: Any) -> None:
         self._path, self._active, self._content = folder / _FILE, active, content
+        self._outcome = os.environ.get(OUTCOME) if tells else None
 
     def write(self, state: str, step: int, **more: Any) -> None:
         """Replace the status; a disk that is full costs a warning, not the run.
@@ -47,6 +51,7 @@ class Status:
             step: optimizer steps done.
             more: what this status and those after it hold, such as the last committed step.
         """
+        self.tell(state)
         if not self._active:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -57,6 +62,14 @@ class Status:
             os.replace(other, self._path)
         except OSError as error:
             _log.warning("%s can't be written (%s): the status there is an older one", self._path, error.strerror)
+
+    def tell(self, state: str) -> None:
+        """Tell the launcher of this machine only."""
+        if self._outcome:
+            try:
+                Path(self._outcome).write_text(f"{state}\n", encoding="utf-8")
+            except OSError as error:
+                _log.warning("%s can't be written (%s): the launcher won't know the outcome", self._outcome, error)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

@@ -83,6 +83,7 @@ class StepResult(NamedTuple):
         support_vectors: how many negatives of each sample are raised ``[B]``; None for :class:`Plain`.
         failed: 0-dim bool: the step holds a value that isn't finite; None where that was checked at once.
         finite: whether each row's embedding is ``[B]``.
+        centre_norms: smallest and largest norm ``[2]`` of the centres that this rank walked; None where it has none.
         margin_state: the margin's state after the step.
         negatives_state: the emphasis' state after the step.
     """
@@ -91,6 +92,7 @@ class StepResult(NamedTuple):
     support_vectors: Tensor | None
     failed: Tensor | None
     finite: Tensor
+    centre_norms: Tensor | None
     margin_state: Mapping[str, Tensor]
     negatives_state: Mapping[str, Tensor]
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import shutil
-import statistics
 import time
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,19 +19,22 @@ from partial_fc.config import Config
 from partial_fc.council import Council
 from partial_fc.data import Sources
 from partial_fc.divergence import DivergenceWatch
+from partial_fc.endpoint import open_endpoint
 from partial_fc.errors import CheckpointError, ConfigError, LabelError, MisfitError, NonFiniteError
 from partial_fc.evaluate import VerificationResult
-from partial_fc.head import HeadStats
+from partial_fc.figures import Figures
 from partial_fc.journal import Journal
 from partial_fc.keeper import DIVERGED, LAST_ATTEMPTS, LAST_SECONDS, SAVE, STOP, Keeper, Kept
-from partial_fc.metrics import PHASES, TrainingMetrics
+from partial_fc.loop import Course, Loop
+from partial_fc.metrics import TrainingMetrics
 from partial_fc.phases import PhaseTimer
 from partial_fc.preemption import Preemption
 from partial_fc.progress import progress_bar
 from partial_fc.ranks import agreed, agreed_while, from_first
 from partial_fc.run_folder import Start, differences, open_run_folder
-from partial_fc.training_step import Outcome, TrainingStep
-from partial_fc.verify import describe, evaluate_sets, verification_sets
+from partial_fc.targets import clear_targets
+from partial_fc.training_step import TrainingStep
+from partial_fc.verify import verification_sets
 from partial_fc.watchdog import Watchdog
 
 # Errors that a start of the same command meets again.
@@ -99,7 +100,7 @@ class Trainer:
             The last evaluation by set; None where a signal ended the run, which is saved then.
         """
         config, place = self.config, self.place
-        metrics = TrainingMetrics(place.rank, place.world_size, place.local_rank)
+        metrics = TrainingMetrics(place.rank, place.world_size, place.local_rank, info=self._info())
         first = 0 if self.start.commit is None else self.start.commit.step
         journal = agreed(lambda: Journal(self.folder, self.steps, active=place.rank == 0, first_step=first))
         state = TrainingState(self.backbone, self.head, *self.optimizers)
@@ -114,14 +115,14 @@ class Trainer:
                 journal.say(f"{self.folder}: the run is finished already, its job was only started again")
                 return None
             if config.metrics.enabled:
-                agreed(lambda: metrics.start(config.metrics.port, config.metrics.address))
+                open_endpoint(config, place, metrics, self.folder)
             self._announce(journal, metrics)
             beat = functools.partial(self.watchdog.beat, "commit")
             keeper = Keeper(
                 config, place, self.start, state, self.kept, self.head, self.council, journal, metrics, beat
             )
             try:
-                return self._train(_Loop(self, journal, metrics, keeper, preemption), journal, keeper, preemption)
+                return self._train(journal, metrics, keeper, preemption)
             except _LASTING as error:
                 # A good commit may be under way.
                 keeper.close()
@@ -129,12 +130,14 @@ class Trainer:
                 raise
 
     def _train(
-        self, loop: _Loop, journal: Journal, keeper: Keeper, preemption: Preemption
+        self, journal: Journal, metrics: TrainingMetrics, keeper: Keeper, preemption: Preemption
     ) -> dict[str, VerificationResult] | None:
         progress, status = self.kept.progress, self.start.status
-        keeper.resume(num_images=self.num_samples)
+        restarts = keeper.resume(num_images=self.num_samples)
+        metrics.record_start(planned_steps=self.steps, restarts=restarts)
         self.stream.seek(progress.samples)
         status.write("running", progress.step, steps=self.steps, world_size=self.place.world_size)
+        loop = Loop(self._course(), self._figures(journal, metrics), journal, metrics, keeper, preemption)
         if not loop.run():
             self._end_on_signal(journal, keeper, preemption)
             return None
@@ -142,14 +145,56 @@ class Trainer:
         keeper.commit_at_the_end()
         keeper.close()
         self._save_model(journal)
-        status.write("finished", progress.step)
+        self._end("finished")
         return results
+
+    def _course(self) -> Course:
+        return Course(
+            config=self.config,
+            place=self.place,
+            start=self.start,
+            steps=self.steps,
+            stream=self.stream,
+            backbone=self.backbone,
+            training_step=self.training_step,
+            set_learning_rates=self.set_learning_rates,
+            sets=self.sets,
+            council=self.council,
+            watchdog=self.watchdog,
+            kept=self.kept,
+        )
+
+    def _figures(self, journal: Journal, metrics: TrainingMetrics) -> Figures:
+        return Figures(
+            self.training_step,
+            self.head,
+            self.stream,
+            self.kept.scale,
+            self.timer,
+            journal,
+            metrics,
+            batch_size=self.config.train.batch_size,
+            samples_a_pass=self._order_length,
+        )
+
+    def _info(self) -> dict[str, str]:
+        return {
+            "version": importlib.metadata.version("partial_fc"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.place.device.type == "cuda" else "cpu",
+        }
+
+    def _end(self, state: str) -> None:
+        """The run's processes end in order: nobody shall look for their endpoints any more."""
+        self.start.status.write(state, self.kept.progress.step)
+        if self.place.rank == 0:
+            clear_targets(self.folder)
 
     def _end_on_signal(self, journal: Journal, keeper: Keeper, preemption: Preemption) -> None:
         signal, step = preemption.requested or "a signal to another rank", self.kept.progress.step
         committed = keeper.commit_at_the_end(veto=self.kept.watch.in_trouble)
         keeper.close()
-        self.start.status.write("resume", step)
+        self._end("resume")
         where = "nothing is committed" if committed is None else f"the last commit is of step {committed}"
         journal.say(f"{signal} ended the run after step {step}, {where}: start the same command again to go on")
 
@@ -208,166 +253,6 @@ class Trainer:
                 journal.say(f"              {line}")
 
 
-class _Loop:
-    """The steps of a run, with what comes between them."""
-
-    def __init__(
-        self, trainer: Trainer, journal: Journal, metrics: TrainingMetrics, keeper: Keeper, preemption: Preemption
-    ) -> None:
-        self._trainer, self._journal, self._metrics = trainer, journal, metrics
-        self._keeper, self._preemption = keeper, preemption
-        self._config, self._progress = trainer.config, trainer.kept.progress
-        # Steps whose outcome nobody has read from the device yet.
-        self._unread: list[tuple[int, Outcome]] = []
-        self._figures: dict[str, Any] = {}
-        self._seconds: list[dict[str, float]] = []
-        self._logged, self._logged_at = 0, 0.0
-        self._diverged: str | None = None
-
-    def run(self) -> bool:
-        """Train to the last step, or until a signal; whether it was the last step."""
-        trainer, progress, every = self._trainer, self._progress, self._config.evaluate.every_steps
-        council = trainer.council
-        self._logged, self._logged_at = progress.step, time.perf_counter()
-        while True:
-            if progress.step >= trainer.steps:
-                asked = council.drain()
-                if DIVERGED not in asked:
-                    # After a signal in the last step the next start does what is left.
-                    return STOP not in asked
-                self._go_back()
-                continue
-            rates = trainer.set_learning_rates()
-            outcome = trainer.training_step.run(progress.step)
-            self._unread.append((progress.step, outcome))
-            progress.step += 1
-            progress.samples, progress.accuracy = trainer.stream.position, None
-            self._journal.advance(progress.step)
-            last = progress.step == trainer.steps
-            logs = progress.step % self._config.train.log_every == 0 or last
-            evaluates = every is not None and progress.step % every == 0 and not last
-            # Reading is where a GPU synchronises, so it happens at such steps only.
-            if trainer.place.device.type == "cpu" or logs or evaluates or self._keeper.due:
-                self._read(rates)
-            if logs:
-                self._log(rates)
-            if evaluates:
-                self.evaluate()
-            if self._preemption.requested is not None:
-                council.ask(STOP)
-            asked = council.exchange()
-            if DIVERGED in asked:
-                self._go_back()
-                continue
-            if asked and self._unread:
-                self._read(rates)
-            if SAVE in asked:
-                self._keeper.owe()
-            if not last:
-                self._keeper.after_step()
-            if STOP in asked:
-                council.drain()
-                return False
-
-    def evaluate(self) -> dict[str, VerificationResult]:
-        """Verification of the state as it is."""
-        trainer, step = self._trainer, self._progress.step
-        beat = trainer.watchdog.beat
-        beat("evaluation", step)
-        results = evaluate_sets(
-            self._config, trainer.backbone, trainer.sets, trainer.place, trainer.precision, lambda: beat("evaluation")
-        )
-        for name, result in results.items():
-            self._metrics.record_verification(name, result.accuracy)
-            self._journal.record("evaluation", step, set=name, **result.summary())
-            self._journal.say(f"step {step}/{trainer.steps}  {describe(name, result)}")
-        if results:
-            self._progress.accuracy = statistics.fmean(result.accuracy for result in results.values())
-        self._logged_at = time.perf_counter()
-        return results
-
-    def _read(self, rates: dict[str, float]) -> None:
-        """Read what the steps since the last call came to, count it, and look whether the run goes astray."""
-        unread, self._unread = self._unread, []
-        trainer = self._trainer
-        losses, applied = _on_host(unread)
-        skipped = 0
-        for (step, outcome), loss, done in zip(unread, losses, applied, strict=True):
-            overflowed = outcome.overflowed and trainer.kept.scale.scale > 1
-            skipped += not done
-            if not done and not outcome.overflowed:
-                self._tell_skipped(step, outcome)
-            # An overflow in fp16 is met by a lower scale, and is no sign of a divergence until that can't fall.
-            reason = trainer.kept.watch.see(loss if done or overflowed else None)
-            if reason is not None:
-                self._diverged = self._diverged or f"step {step + 1}: {reason}"
-                trainer.council.ask(DIVERGED)
-        done = bool(applied[-1])
-        self._figures = _figures(losses[-1] if done else None, trainer.head.stats)
-        phases = trainer.timer.read()
-        self._seconds += phases
-        for name, value in (item for phase in phases for item in phase.items()):
-            self._metrics.observe_phase(name, value)
-        self._metrics.record_step(
-            trainer.training_step.local_samples * len(unread),
-            steps=len(unread),
-            skipped=skipped,
-            learning_rates=rates,
-            **self._figures,
-        )
-        self._metrics.record_decode_errors(trainer.stream.decode_errors)
-
-    def _tell_skipped(self, step: int, outcome: Outcome) -> None:
-        """Name the samples of a step without an update, those of all ranks; all are here."""
-        reason = outcome.reason or "the gradient of the backbone isn't finite"
-        if self._config.train.nonfinite == "stop":
-            raise NonFiniteError(f"step {step + 1}: {reason}")
-        ids = [outcome.sample_ids.tolist()] * self._trainer.place.world_size
-        if dist.is_initialized():
-            dist.all_gather_object(ids, ids[0])
-        samples = [sample for of_rank in ids for sample in of_rank]
-        self._journal.record("skipped", step + 1, reason=reason, sample_ids=samples)
-        self._journal.warn(
-            f"step {step + 1} is skipped: {reason} (metrics.jsonl names the {len(samples)} samples: {_few(samples)})"
-        )
-
-    def _go_back(self) -> None:
-        """After a divergence: to the last commit, or an end."""
-        reason = self._diverged or f"step {self._progress.step}: another rank's loss"
-        if self._config.train.on_divergence == "stop":
-            raise NonFiniteError(
-                f"the run diverged ({reason}): lower optim.learning_rate, or set train.on_divergence=rollback; its "
-                f"last commit is in {self._trainer.start.commits}"
-            )
-        self._journal.warn(f"the run diverged ({reason})")
-        self._keeper.roll_back()
-        self._trainer.stream.seek(self._progress.samples)
-        self._unread, self._diverged = [], None
-        self._logged, self._logged_at = self._progress.step, time.perf_counter()
-
-    def _log(self, rates: dict[str, float]) -> None:
-        step, batch_size = self._progress.step, self._config.train.batch_size
-        now = time.perf_counter()
-        speed = (step - self._logged) * batch_size / (now - self._logged_at)
-        self._logged, self._logged_at = step, now
-        count = max(len(self._seconds), 1)
-        means = {name: sum(of_step.get(name, 0.0) for of_step in self._seconds) / count for name in PHASES}
-        self._seconds = []
-        figures = self._figures
-        self._journal.record(
-            "train",
-            step,
-            samples=self._progress.samples,
-            samples_per_second=speed,
-            learning_rate=rates,
-            phase_seconds=means,
-            **figures,
-        )
-        shown = {"loss": figures["loss"], "cos": figures["target_cosine"], "sv": figures["support_vectors_per_sample"]}
-        self._trainer.start.status.write("running", step)
-        self._journal.show(step, {**shown, "lr": rates["backbone"], "img/s": speed})
-
-
 def open_sources(config: Config, place: Place) -> Sources:
     """The training images, on every rank; a rank of each machine makes their table where it isn't there. Collective.
 
@@ -392,33 +277,3 @@ def _steps(config: Config, samples_a_pass: int, start: Start) -> int:
     if samples == step * batch_size:
         return total
     return step + max(0, round((config.train.epochs * samples_a_pass - samples) / batch_size))
-
-
-def _on_host(steps: Sequence[tuple[int, Outcome]]) -> tuple[list[float | None], list[bool]]:
-    """(loss or None, whether the step was applied) of each, in two transfers."""
-    losses = [outcome.loss for _, outcome in steps if outcome.loss is not None]
-    flags = [outcome.applied for _, outcome in steps if outcome.applied is not None]
-    values = iter(torch.stack(losses).tolist() if losses else [])
-    done = iter(torch.stack(flags).tolist() if flags else [])
-    return (
-        [None if outcome.loss is None else next(values) for _, outcome in steps],
-        [outcome.applied is not None and next(done) for _, outcome in steps],
-    )
-
-
-def _few(samples: Sequence[int], count: int = 8) -> str:
-    text = ", ".join(map(str, samples[:count]))
-    return f"{text}, ..." if len(samples) > count else text
-
-
-def _figures(loss: float | None, stats: HeadStats | None) -> dict[str, Any]:
-    """The step's numbers; None where it was skipped."""
-    if loss is None or stats is None:
-        names = ("loss", "target_cosine", "support_vectors_per_sample", "sampled_classes")
-        return dict.fromkeys(names)
-    return {
-        "loss": loss,
-        "target_cosine": float(stats.target_cosine),
-        "support_vectors_per_sample": None if stats.support_vectors is None else float(stats.support_vectors),
-        "sampled_classes": stats.sampled_classes,
-    }

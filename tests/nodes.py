@@ -18,13 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-import pytest
-
 from tests.jobs import Guard, serve_as_guard
+from tests.needs import lacks
 
 INTERFACE = "eth0"
-# Asks for what would otherwise be skipped: a comma-separated list.
-REQUIRED = "PARTIAL_FC_REQUIRE"
 _HOSTS = Path("/etc/netns")
 _NAMESPACES = Path("/run/netns")
 _SUBNET = "10.199.7"
@@ -143,9 +140,7 @@ def nodes_or_skip(count: int) -> Iterator[list[Node]]:
         try:
             nodes = stack.enter_context(Nodes(count))
         except NoNamespaces as error:
-            if "namespaces" in os.environ.get(REQUIRED, "").split(","):
-                pytest.fail(f"{REQUIRED} asks for network namespaces, which can't be made: {error}")
-            pytest.skip(f"network namespaces can't be made: {error}")
+            lacks("namespaces", f"network namespaces can't be made: {error}")
         yield nodes
 
 

@@ -85,7 +85,20 @@ def _read_in(tree: ast.AST, held: dict[str, str]) -> Iterator[str]:
 
 
 def test_every_key_is_read():
-    names = ("build", "ranks", "run_folder", "training_step", "verify", "keeper", "train", "cli", "plan", "bench")
+    names = (
+        "build",
+        "ranks",
+        "run_folder",
+        "training_step",
+        "verify",
+        "keeper",
+        "endpoint",
+        "loop",
+        "train",
+        "cli",
+        "plan",
+        "bench",
+    )
     readers = [ROOT / "partial_fc" / f"{name}.py" for name in names]
     if not readers[1].exists():
         pytest.skip("nothing trains from the configuration yet")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from partial_fc import config, emphasis, mining
+from partial_fc import config, emphasis, metrics, mining
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +37,38 @@ def test_the_configuration_page_has_every_key_and_its_meaning() -> None:
         for heading, model in sections().items()
     }
     assert described == expected
+
+
+def test_the_page_of_the_metrics_is_what_a_rank_serves() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    described = {
+        name: (kind, set(re.findall(r"`(\w+)`", labels)), meaning)
+        for name, kind, labels, meaning in re.findall(
+            r"^\| `(partial_fc_\w+)` \| (\w+) \| (.*?) \| (.*) \|$", page, re.MULTILINE
+        )
+    }
+    served = metrics.TrainingMetrics()
+    served.record_evaluation({"lfw": 0.5}, 1.0)
+    found = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels} - {"le"},
+            family.documentation,
+        )
+        for family in served.registry.collect()
+        if family.name.startswith("partial_fc_")
+    }
+    assert described == found
+    rows = re.findall(r"^\| (`\w+`(?: of `\w+`)?) \| (.*) \|$", page.split("## Values of labels")[1], re.MULTILINE)
+    values = {heading: set(re.findall(r"`(\w+)`", cell)) for heading, cell in rows}
+    used: dict[str, set[str]] = {}
+    for family in served.registry.collect():
+        for sample in family.samples:
+            for label in sample.labels.keys() & {"group", "bound", "nearest", "phase", "collective", "kind"}:
+                name = family.name.removeprefix("partial_fc_") + ("_total" if family.type == "counter" else "")
+                heading = f"`{label}` of `{name}`" if label == "kind" else f"`{label}`"
+                used.setdefault(heading, set()).add(sample.labels[label])
+    assert values == used
 
 
 def test_the_readme_example_runs() -> None:

@@ -102,6 +102,8 @@ checkpoint.surgery
 checkpoint.foreign
 checkpoint
 journal
+certificates
+metrics_server
 metrics
 evaluate.bins
 evaluate.verification
@@ -120,12 +122,17 @@ signs
 watchdog
 ranks
 run_status
+agent
 run_folder
+targets
+endpoint
 report
 phases
 training_step
 verify
 keeper
+figures
+loop
 train
 plan
 plan_report
@@ -162,6 +169,8 @@ READ_THE_CONFIGURATION = {
     "training_step",
     "verify",
     "keeper",
+    "endpoint",
+    "loop",
     "train",
     "plan",
     "plan_report",
@@ -176,6 +185,9 @@ CONFIGURATION = {"config", "config_data", "config_reader", "config_train", "conf
 
 # Kernels take numbers and tensors, never objects of the loss.
 OBJECTS_OF_THE_LOSS = {"margins", "norm_margins", "emphasis", "mining"}
+
+# What `python -m` runs.
+PROGRAMS = {"__main__", "agent"}
 
 # What a module may call while it is imported: things that only define.
 DEFINING_CALLS = {
@@ -278,7 +290,7 @@ def problems_of(module: str, source: str) -> list[str]:
 
 def work_at_import(module: str, source: str) -> list[str]:
     """Statements of a module that do more than define, one line each."""
-    return [f"{module}:{node.lineno} {what}" for node, what in _work(ast.parse(source).body, main=module == "__main__")]
+    return [f"{module}:{node.lineno} {what}" for node, what in _work(ast.parse(source).body, main=module in PROGRAMS)]
 
 
 def _work(body: list[ast.stmt], main: bool = False) -> Iterator[tuple[ast.stmt, str]]:

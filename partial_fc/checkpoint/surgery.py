@@ -28,6 +28,7 @@ from partial_fc.checkpoint.marker import MARKER, Commit
 from partial_fc.checkpoint.tensors import read_into, tensor_shapes, write_summed
 from partial_fc.data.class_map import REMOVED, first_of_each
 from partial_fc.errors import CheckpointError, ConfigError
+from partial_fc.machine import host_memory
 from partial_fc.memory import empty_rows
 
 CENTRES = "head.weight"
@@ -84,21 +85,12 @@ def check_target(out: Path) -> None:
 
 def check_memory(needed: int, what: str) -> None:
     """Raise a CheckpointError where ``needed`` bytes are more than the system has available (Linux; else nothing)."""
-    available = _available_memory()
-    if available is not None and needed > available:
+    memory = host_memory()
+    if memory is not None and needed > memory.available:
         raise CheckpointError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available: "
+            f"{what} needs {needed / 1e9:.1f} GB of memory, {memory.available / 1e9:.1f} GB are available: "
             "free some, or use a larger machine"
         )
-
-
-def _available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = (line.split() for line in file if line.startswith("MemAvailable:"))
-            return next((int(words[1]) * 1024 for words in fields), None)
-    except OSError:
-        return None
 
 
 def write_commit(out: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> Path:

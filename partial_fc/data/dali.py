@@ -69,6 +69,16 @@ class DaliStream(SampleStream):
             return None
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
+    @property
+    def ready(self) -> int:
+        """Batches that are read ahead of DALI's decoder, which doesn't tell how far it is itself."""
+        return 0 if self._pool is None else sum(reading.done() for reading in self._reading.values())
+
+    @property
+    def room(self) -> int:
+        """The most that :attr:`ready` can be."""
+        return self._readers
+
     def _produce(self, position: int) -> tuple[Tensor, Rows]:
         failures = 0
         while True:

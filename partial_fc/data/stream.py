@@ -127,6 +127,16 @@ class SampleStream(ABC):
         return self._position
 
     @property
+    @abstractmethod
+    def ready(self) -> int:
+        """Batches that are ready ahead of the training; what is under way doesn't count."""
+
+    @property
+    def room(self) -> int:
+        """The most that :attr:`ready` can be."""
+        return self._prefetch
+
+    @property
     def decode_errors(self) -> Counter[str]:
         """Bad samples among those handed out so far to this rank, by kind (``faults.FAULT_KINDS``)."""
         return self._samples.errors
@@ -254,6 +264,13 @@ class PythonStream(SampleStream):
     """The stream with images decoded in threads of this process; its arguments are those of :class:`SampleStream`."""
 
     _pool: ThreadPoolExecutor | None = None
+
+    @property
+    def ready(self) -> int:
+        """Batches that are decoded ahead of the training."""
+        if self._pool is None:
+            return 0
+        return sum(all(future.done() for future in futures) for _, futures in self._ahead)
 
     def _produce(self, position: int) -> tuple[Tensor, Rows]:
         if self._pool is None:

@@ -18,7 +18,7 @@ import torch
 
 import partial_fc
 from partial_fc.doctor.findings import Identity, Notes
-from partial_fc.machine import processors
+from partial_fc.machine import host_memory, processors
 
 # Upstream defect of torchrun, pytorch issue 135712.
 RESTARTS_SWITCH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -199,25 +199,16 @@ def check_limits(notes: Notes, me: Identity, *, files: int, on_gpu: bool, shm: P
 def check_processors(notes: Notes, me: Identity, data_threads: int) -> None:
     """Processors and threads of this rank, and the machine's memory."""
     mask = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(processors()))
+    memory = host_memory()
     notes.facts.update(
         {
             "mask": mask,
             "ranks": me.local_world_size,
             "threads": torch.get_num_threads(),
             "data_threads": data_threads,
-            "memory_available": _memory_available(),
+            "memory_available": None if memory is None else memory.available,
         }
     )
-
-
-def _memory_available() -> int | None:
-    """Bytes that programs can still have on this machine; None where the system doesn't say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def check_gpu(notes: Notes, me: Identity, device: str, probe: GpuProbe) -> None:

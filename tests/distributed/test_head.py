@@ -110,6 +110,8 @@ def run_case(rank: int, world_size: int, case: Any, data: Any, sizes: list[int],
             if name not in ("position", "step")
         },
         "calls": dict(head.group.calls),
+        "norms": stats.centre_norms,
+        "positives": int(stats.positive_classes),
     }
 
 
@@ -144,6 +146,12 @@ def compare(
         assert_close(part["loss"], loss, f"loss of {name}")
         assert (part["position"], part["step"]) == (41 + len(labels), STEP + 1)
         assert part["state"] == pytest.approx(state, rel=1e-12)
+    assert sum(part["positives"] for part in parts) == len(labels.unique())
+    for part in parts:
+        norms = weight[part["ids"]].norm(dim=1)
+        found = part["norms"]
+        assert (found is None) == (len(norms) == 0)
+        assert found is None or found.tolist() == pytest.approx([norms.min().item(), norms.max().item()], rel=1e-12)
     assert_close(torch.cat([part["embeddings"] for part in parts]), by_embeddings, f"embeddings of {name}")
     assert_close(torch.cat([part["weight"] for part in parts]), by_weight, f"weight of {name}")
     stats = dense_stats(embeddings, labels, weight, **settings)

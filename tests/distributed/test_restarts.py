@@ -50,11 +50,11 @@ STUCK = """
 import sys, time
 from partial_fc.training_step import TrainingStep
 genuine = TrainingStep.run
-def stuck(self, number):
+def stuck(self, number, **options):
     if number == 5:
         sys.stdout.write("stuck\\n")
         time.sleep(300)
-    return genuine(self, number)
+    return genuine(self, number, **options)
 TrainingStep.run = stuck
 from partial_fc.cli import main
 main()

@@ -35,10 +35,10 @@ def break_off(trainer: Trainer, *, at: int) -> None:
     """Let the run end before step ``at``, as if its processes were killed."""
     genuine = trainer.training_step.run
 
-    def run(number: int) -> Any:
+    def run(number: int, **options: Any) -> Any:
         if number == at:
             raise Interrupted
-        return genuine(number)
+        return genuine(number, **options)
 
     trainer.training_step.run = run  # type: ignore[method-assign]
 
@@ -296,12 +296,12 @@ def stop_at(trainer: Trainer, *, at: int, full: bool = False) -> None:
     """A signal at step ``at``, with a disk that is full from then on."""
     genuine = trainer.training_step.run
 
-    def run(number: int) -> Any:
+    def run(number: int, **options: Any) -> Any:
         if number == at:
             trainer.council.ask(STOP)
             if full:
                 full_disk(trainer, until=10**9)
-        return genuine(number)
+        return genuine(number, **options)
 
     trainer.training_step.run = run  # type: ignore[method-assign]
 

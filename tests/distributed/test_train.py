@@ -103,8 +103,8 @@ with joined_ranks(settings) as place:
     trainer = Trainer(settings, place)
     from partial_fc import train
     class Probe(train.TrainingMetrics):
-        def start(self, port, address="127.0.0.1"):
-            self.probe = super().start(0, address)
+        def start(self, port, address="127.0.0.1", **options):
+            self.probe = super().start(0, address, **options)
             return self.probe
         def close(self):
             if self.url:
@@ -116,7 +116,7 @@ with joined_ranks(settings) as place:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0, done.stderr
     assert "partial_fc_steps_total 4.0" in done.stdout and "partial_fc_samples_total 40.0" in done.stdout
-    for phase in ("data", "backbone", "head", "optimizer"):
+    for phase in ("data", "backbone_forward", "head_forward", "head_backward", "backbone_backward", "optimizer"):
         assert f'partial_fc_step_seconds_count{{phase="{phase}"}} 4.0' in done.stdout
     assert 'partial_fc_learning_rate{group="head"}' in done.stdout
     assert "partial_fc_support_vectors_per_sample nan" not in done.stdout.lower()

@@ -24,6 +24,7 @@ from partial_fc.config import data_config
 from partial_fc.data import Sources, decode_images, open_archive
 from partial_fc.data.class_map import read_class_map
 from partial_fc.head import PartialFC
+from partial_fc.machine import HostMemory
 from tests import records
 from tests.commands import Commands
 
@@ -214,7 +215,7 @@ def test_a_change_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypat
     assert "got class 7, expected 0 to 4" in refused("merge", run, out, "--groups", tmp_path / "ids")
     assert "expected one of them: name one file" in refused("remap", run, out)
     (tmp_path / "ids").write_text("1\n")
-    monkeypatch.setattr(surgery, "_available_memory", lambda: 1)
+    monkeypatch.setattr(surgery, "host_memory", lambda: HostMemory(1, 2))
     assert "GB of memory" in refused("remap", run, out, "--remove", tmp_path / "ids")
     assert sorted(os.listdir(tmp_path)) == before
     Path(f"{out}.classes.csv").touch()

@@ -27,6 +27,26 @@ SERIES = {
     "sampled_classes": "gauge",
     "decode_errors": "counter",
     "verification_accuracy": "gauge",
+    "evaluations": "counter",
+    "evaluation_seconds": "gauge",
+    "reached_step": "gauge",
+    "planned_steps": "gauge",
+    "epoch": "gauge",
+    "gradient_norm": "gauge",
+    "loss_scale": "gauge",
+    "nearest_cosine": "gauge",
+    "nearest_accuracy": "gauge",
+    "support_vector_share": "gauge",
+    "positive_classes": "gauge",
+    "centre_norm": "gauge",
+    "collective_bytes": "counter",
+    "data_queue_batches": "gauge",
+    "data_queue_capacity": "gauge",
+    "gpu_memory_bytes": "gauge",
+    "host_memory_available_bytes": "gauge",
+    "host_memory_limit_bytes": "gauge",
+    "restarts": "gauge",
+    "run_info": "gauge",
     "rank": "gauge",
     "world_size": "gauge",
     "commits": "counter",
@@ -104,7 +124,7 @@ def test_commits_rollbacks_and_stalls_are_told() -> None:
 def test_names_follow_the_conventions() -> None:
     metrics = TrainingMetrics()
     a_step(metrics)
-    metrics.record_verification("lfw", 0.99)
+    metrics.record_evaluation({"lfw": 0.99}, 12.5)
     for name, family in families(metrics).items():
         if name.startswith(("process_", "python_")):
             continue
@@ -112,6 +132,8 @@ def test_names_follow_the_conventions() -> None:
             assert re.sub(r"_created$", "", name) in families(metrics)
             continue
         assert re.fullmatch(r"partial_fc(_[a-z]+)+", name)
+        if name == "partial_fc_run_info":
+            continue
         # The parser takes _total away from counters; nothing else may end like a part of a counter or histogram.
         assert not name.endswith(("_total", "_count", "_sum", "_bucket", "_info"))
         assert not re.search(r"_(milliseconds|ms|minutes|hours|percent|counter|gauge|histogram|summary)(_|$)", name)
@@ -119,7 +141,8 @@ def test_names_follow_the_conventions() -> None:
         if family.type == "counter":
             assert {sample.name for sample in samples} == {f"{name}_total"}
         labels = {label for sample in samples for label in sample.labels}
-        assert labels <= {"phase", "group", "kind", "set", "le"}
+        known = {"phase", "group", "kind", "set", "le", "bound", "nearest", "collective"}
+        assert labels <= known
 
 
 def test_a_step_is_counted_and_its_values_are_set() -> None:
@@ -139,15 +162,54 @@ def test_a_step_is_counted_and_its_values_are_set() -> None:
     assert value(metrics, "rank") == 3 and value(metrics, "world_size") == 8
 
 
+def test_what_was_measured_stays_until_it_is_measured_again() -> None:
+    metrics = TrainingMetrics()
+    metrics.record_step(
+        4,
+        gradient_norms={"backbone": 2.5},
+        centre_norms=[0.5, 3.0],
+        epoch=1.5,
+        reached_step=17,
+    )
+    metrics.record_nearest({1: 0.4, 5: 0.3}, 0.75)
+    metrics.record_step(4, gradient_norms={"head": 7.0}, epoch=None)
+    assert value(metrics, "gradient_norm", group="backbone") == 2.5
+    assert value(metrics, "gradient_norm", group="head") == 7.0
+    assert value(metrics, "centre_norm", bound="min") == 0.5 and value(metrics, "centre_norm", bound="max") == 3.0
+    assert value(metrics, "nearest_cosine", nearest="1") == 0.4
+    assert value(metrics, "nearest_cosine", nearest="5") == 0.3
+    assert value(metrics, "nearest_accuracy") == 0.75
+    assert value(metrics, "epoch") == 1.5 and value(metrics, "reached_step") == 17
+
+
+def test_bytes_memory_evaluations_and_starts_are_told() -> None:
+    metrics = TrainingMetrics(info={"torch": "2.13", "device": "cpu"})
+    metrics.record_sent({"embeddings": 100, "sums": 8, "another": 5})
+    metrics.record_sent({"embeddings": 250, "sums": 8})
+    assert value(metrics, "collective_bytes_total", collective="embeddings") == 250
+    assert value(metrics, "collective_bytes_total", collective="sums") == 8
+    assert "another" not in generate_latest(metrics.registry).decode()
+    assert value(metrics, "gpu_memory_bytes", kind="peak") == 0
+    metrics.record_gpu_memory(allocated=1, reserved=3, peak=2)
+    assert [value(metrics, "gpu_memory_bytes", kind=kind) for kind in ("allocated", "reserved", "peak")] == [1, 3, 2]
+    metrics.record_evaluation({"lfw": 0.9, "cfp": 0.8}, 4.0)
+    assert value(metrics, "evaluations_total") == 1 and value(metrics, "evaluation_seconds") == 4
+    assert value(metrics, "verification_accuracy", set="cfp") == 0.8
+    metrics.record_start(planned_steps=100, restarts=3)
+    assert value(metrics, "planned_steps") == 100 and value(metrics, "restarts") == 3
+    assert value(metrics, "run_info", version="", torch="2.13", device="cpu") == 1
+    assert 0 < value(metrics, "host_memory_available_bytes") <= value(metrics, "host_memory_limit_bytes")
+
+
 def test_phases_are_histograms() -> None:
     metrics = TrainingMetrics()
     for seconds in (0.004, 0.02, 100.0):
-        metrics.observe_phase("head", seconds)
-    assert value(metrics, "step_seconds_count", phase="head") == 3
-    assert value(metrics, "step_seconds_sum", phase="head") == pytest.approx(100.024)
-    assert value(metrics, "step_seconds_bucket", phase="head", le="0.005") == 1
-    assert value(metrics, "step_seconds_bucket", phase="head", le="60.0") == 2
-    assert value(metrics, "step_seconds_bucket", phase="head", le="+Inf") == 3
+        metrics.observe_phase("head_forward", seconds)
+    assert value(metrics, "step_seconds_count", phase="head_forward") == 3
+    assert value(metrics, "step_seconds_sum", phase="head_forward") == pytest.approx(100.024)
+    assert value(metrics, "step_seconds_bucket", phase="head_forward", le="0.005") == 1
+    assert value(metrics, "step_seconds_bucket", phase="head_forward", le="60.0") == 2
+    assert value(metrics, "step_seconds_bucket", phase="head_forward", le="+Inf") == 3
     assert value(metrics, "step_seconds_count", phase="data") == 0
     assert list(STEP_BUCKETS) == sorted(STEP_BUCKETS)
 
@@ -167,10 +229,12 @@ def test_decode_errors_follow_the_count_of_the_stream() -> None:
 
 def test_labels_are_a_fixed_set() -> None:
     metrics = TrainingMetrics()
-    with pytest.raises(ConfigError, match="phase is 'step 17': expected one of data, backbone, head, optimizer"):
+    with pytest.raises(ConfigError, match="phase is 'step 17': expected one of data, backbone_forward, "):
         metrics.observe_phase("step 17", 1.0)
     with pytest.raises(ConfigError, match="group is 'bias': expected one of backbone, head"):
         metrics.record_step(1, learning_rates={"bias": 1.0})
+    with pytest.raises(ConfigError, match="a measured value is 'los': expected one of loss, target_cosine"):
+        metrics.record_step(1, los=1.0)
 
 
 def test_each_has_its_own_registry() -> None:
@@ -185,7 +249,7 @@ def test_a_scrape_over_http() -> None:
         url = metrics.start(0)
         assert url is not None and url == metrics.url and url.startswith("http://127.0.0.1:")
         a_step(metrics)
-        metrics.record_verification("omniglot_val", 0.93)
+        metrics.record_evaluation({"omniglot_val": 0.93}, 3.5)
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=")
             text = answer.read().decode()

@@ -55,6 +55,34 @@ def test_untouched_rows_stay_bit_for_bit(ours: Any, theirs: Any, options: dict[s
         assert torch.equal(value[others], state[name][others])
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("kind", [RowSGD, RowAdamW])
+def test_the_gradients_norm_is_looked_at_where_asked(kind: Any, in_backward: bool) -> None:
+    head = pfc.PartialFC(8, 2003, sample_rate=0.2, chunk_size=100).double()
+    embeddings, labels = torch.randn(16, 8, dtype=torch.float64, requires_grad=True), torch.randint(2003, (16,))
+    plain = head(embeddings, labels)
+    plain.backward()
+    assert head.weight.grad is not None
+    expected = head.weight.grad.coalesce().values().norm().item()
+    head.weight.grad = None
+    optimizer = kind(head.parameters(), lr=0.1, max_row_norm=1e-3, in_backward=in_backward)
+    head.position.zero_()  # the same classes are drawn
+    for factor in (None, 1.0, 8.0):
+        with torch.no_grad():
+            weight = head.weight.clone()
+        optimizer.gradient_square = None if factor is None else torch.zeros((), dtype=torch.float64)
+        optimizer.loss_scale = factor or 1.0
+        (head(embeddings, labels) * optimizer.loss_scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer.gradient_square is not None:
+            assert optimizer.gradient_square.sqrt().item() == pytest.approx(expected, rel=1e-9)
+        assert not torch.equal(head.weight, weight)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+        head.position.zero_()
+
+
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 def test_the_state_can_be_made_before_the_first_step(

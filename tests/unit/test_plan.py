@@ -128,6 +128,8 @@ def sent_by(rank: int, world_size: int, options: dict[str, Any], rows: list[int]
         embeddings = torch.randn(rows[rank], 16, requires_grad=True)
         head(embeddings, torch.randint(300, (rows[rank],))).backward()
     assert set(found) == set(head.group.calls)
+    # What a trainer tells of a run is what the plan said of it.
+    assert head.group.bytes == {name: footprint.on_the_wire(name, size, world_size) for name, size in found.items()}
     return dict(found)
 
 

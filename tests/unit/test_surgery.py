@@ -23,6 +23,7 @@ from partial_fc.checkpoint.surgery import change_classes, check_memory, extend_c
 from partial_fc.data.class_map import REMOVED
 from partial_fc.errors import CheckpointError, ConfigError
 from partial_fc.head import PartialFC
+from partial_fc.machine import HostMemory
 from partial_fc.models import SmallNet
 from partial_fc.optim import RowAdamW, RowSGD
 
@@ -293,7 +294,7 @@ def test_a_commit_without_that_many_centres_is_refused(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = make(tmp_path / "a", 3)
-    monkeypatch.setattr(surgery, "_available_memory", lambda: 100)
+    monkeypatch.setattr(surgery, "host_memory", lambda: HostMemory(100, 200))
     monkeypatch.setattr(surgery, "read_into", lambda *_: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="needs 0.0 GB of memory, 0.0 GB are available: free some"):
         change_classes(commit, tmp_path / "b", np.arange(3), {})
@@ -308,10 +309,10 @@ def test_the_memory_reckoned_with_is_the_new_commit_and_the_largest_old_tensor(
     row = 4 * SIZE
     needed = 8 + row * (after + beside)
     class_map = np.minimum(np.arange(40), after - 1)
-    monkeypatch.setattr(surgery, "_available_memory", lambda: needed - 1)
+    monkeypatch.setattr(surgery, "host_memory", lambda: HostMemory(needed - 1, 2 * needed))
     with pytest.raises(CheckpointError, match="of memory"):
         change_classes(commit, tmp_path / "b", class_map, {})
-    monkeypatch.setattr(surgery, "_available_memory", lambda: needed)
+    monkeypatch.setattr(surgery, "host_memory", lambda: HostMemory(needed, 2 * needed))
     change_classes(commit, tmp_path / "b", class_map, {})
 
 
@@ -319,7 +320,7 @@ def test_the_memory_of_the_machine_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     check_memory(1, "this")
     with pytest.raises(CheckpointError, match=r"^this needs 1000000000\.0 GB of memory"):
         check_memory(10**18, "this")
-    monkeypatch.setattr(surgery, "_available_memory", lambda: None)
+    monkeypatch.setattr(surgery, "host_memory", lambda: None)
     check_memory(10**18, "this")
 
 

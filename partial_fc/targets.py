@@ -1,0 +1,111 @@
+"""``targets.json`` of a run's folder: where the ranks serve their metrics, for Prometheus' file discovery.
+
+The file is written at each start of the run, and is ``[]`` once its processes ended in order. Where they were killed it
+stays as it was: the targets are down then, and an alert can say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_FILE = "targets.json"
+
+_log = logging.getLogger(__name__)
+
+
+def reachable_host(address: str, advertise: str | None, rendezvous_host: str | None) -> str:
+    """The name or address under which others reach an endpoint of this machine. Sends nothing.
+
+    Args:
+        address: where the endpoint listens.
+        advertise: what to tell others; None: ``address``, or where that is all addresses of the machine (``0.0.0.0``,
+            ``::``), the one from which it would reach the rendezvous host; the machine's name where that is a loopback.
+        rendezvous_host: a name or address at which the job's ranks meet; None: there is none.
+    """
+    if advertise is not None:
+        return advertise
+    if address not in ("0.0.0.0", "::"):
+        return address
+    families = [socket.AF_INET] if address == "0.0.0.0" else [socket.AF_INET, socket.AF_INET6]
+    for source in _sources(rendezvous_host, families):
+        found = ipaddress.ip_address(source)
+        # A link-local address means something only together with the other side's interface.
+        if not (found.is_loopback or found.is_link_local or found.is_unspecified):
+            return source
+    return socket.gethostname()
+
+
+def _sources(host: str | None, families: Sequence[int]) -> Iterator[str]:
+    """This machine's addresses towards another one."""
+    for family in families if host else ():
+        with contextlib.suppress(OSError, UnicodeError):
+            for _, kind, protocol, _, place in socket.getaddrinfo(host, 9, family=family, type=socket.SOCK_DGRAM):
+                # A datagram socket: connecting it only chooses the way.
+                with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                    probe.connect(place)
+                    yield probe.getsockname()[0]
+
+
+def targets_of(endpoints: Sequence[tuple[str, int | None]], *, run: str, tls: bool) -> list[dict[str, Any]]:
+    """What the file holds.
+
+    Args:
+        endpoints: by rank, host and port; a rank without a port serves nothing and is left out.
+        run: name of the run.
+        tls: whether the endpoints are encrypted.
+    """
+    scheme = {"__scheme__": "https"} if tls else {}
+    return [
+        {"targets": [f"{_bracketed(host)}:{port}"], "labels": {"run": run, "rank": str(rank), **scheme}}
+        for rank, (host, port) in enumerate(endpoints)
+        if port is not None
+    ]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def write_targets(folder: Path, targets: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the file; a disk that is full costs a warning, not the run."""
+    file = folder / _FILE
+    other = file.with_suffix(".json.new")
+    try:
+        other.write_text(json.dumps(list(targets), indent=1) + "\n", encoding="utf-8")
+        # Prometheus may read at any moment, and keeps what it had only where the file can't be parsed.
+        os.replace(other, file)
+    except OSError as error:
+        _log.warning("%s can't be written (%s): Prometheus doesn't find this start's ranks by it", file, error.strerror)
+        with contextlib.suppress(OSError):
+            other.unlink()
+
+
+def clear_targets(folder: Path) -> None:
+    """Say that there is nothing to scrape any more; nothing is made where no file is."""
+    if (folder / _FILE).exists():
+        write_targets(folder, [])
+
+
+def read_targets(folder: Path) -> list[dict[str, Any]]:
+    """What the file holds, as :func:`targets_of` made it; without what isn't like that, and ``[]`` without a file."""
+    try:
+        content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [entry for entry in content if _is_target(entry)] if isinstance(content, list) else []
+
+
+def _is_target(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("labels"), dict):
+        return False
+    targets, labels = entry.get("targets"), entry["labels"]
+    texts = isinstance(targets, list) and len(targets) == 1 and isinstance(targets[0], str)
+    return texts and all(isinstance(value, str) for value in labels.values()) and {"run", "rank"} <= labels.keys()

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partial_fc import targets
+from partial_fc.targets import clear_targets, reachable_host, read_targets, targets_of, write_targets
+
+ENDPOINTS: list[tuple[str, int | None]] = [("10.0.0.1", 9400), ("10.0.0.1", None), ("fd00::2", 9400), ("[::3]", 9401)]
+
+
+def test_a_target_a_rank_that_serves() -> None:
+    assert targets_of(ENDPOINTS, run="r100", tls=False) == [
+        {"targets": ["10.0.0.1:9400"], "labels": {"run": "r100", "rank": "0"}},
+        {"targets": ["[fd00::2]:9400"], "labels": {"run": "r100", "rank": "2"}},
+        {"targets": ["[::3]:9401"], "labels": {"run": "r100", "rank": "3"}},
+    ]
+    (encrypted,) = targets_of([("node1", 9400)], run="r100", tls=True)
+    # A label: beside the labels Prometheus would refuse it.
+    assert encrypted == {"targets": ["node1:9400"], "labels": {"run": "r100", "rank": "0", "__scheme__": "https"}}
+    assert targets_of([("node1", None)], run="r100", tls=True) == []
+
+
+def test_the_file_is_written_read_and_cleared(tmp_path: Path) -> None:
+    assert read_targets(tmp_path) == []
+    clear_targets(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a run without endpoints has no file"
+    written = targets_of(ENDPOINTS, run='a "quoted"\nn\u00e4me', tls=True)
+    write_targets(tmp_path, written)
+    assert [path.name for path in tmp_path.iterdir()] == ["targets.json"]
+    assert read_targets(tmp_path) == json.loads((tmp_path / "targets.json").read_text()) == written
+    clear_targets(tmp_path)
+    assert json.loads((tmp_path / "targets.json").read_text()) == read_targets(tmp_path) == []
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    written = targets_of([("node", 9400 + rank) for rank in range(2000)], run="r100", tls=False)
+    write_targets(tmp_path, written)
+    done = threading.Event()
+
+    def write() -> None:
+        for _ in range(20):
+            write_targets(tmp_path, written)
+            write_targets(tmp_path, written[:1])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    lengths = set()
+    while not done.is_set():
+        lengths.add(len(json.loads((tmp_path / "targets.json").read_text())))
+    writer.join()
+    assert lengths <= {1, 2000}
+
+
+def test_a_full_disk_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_targets(tmp_path, targets_of([("old", 9400)], run="r100", tls=False))
+
+    def full(source: Any, target: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(targets.os, "replace", full)
+        write_targets(tmp_path, [])
+    assert f"{tmp_path}/targets.json can't be written (No space left on device)" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["targets.json"], "nothing is left behind"
+    assert read_targets(tmp_path)[0]["targets"] == ["old:9400"]
+    write_targets(tmp_path / "none", [])
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b"{}", b"null", b"[1, null, []]", b"[" * 100_000, b'[{"targets": "a:1", "labels": {}}]'],
+)
+def test_garbage_is_no_target(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "targets.json").write_bytes(content)
+    assert read_targets(tmp_path) == []
+
+
+def test_what_is_whole_beside_garbage_is_a_target(tmp_path: Path) -> None:
+    good = {"targets": ["a:1"], "labels": {"run": "x", "rank": "0"}}
+    bad = [
+        {**good, "targets": []},
+        {**good, "targets": [1]},
+        {**good, "labels": {"run": "x"}},
+        {**good, "labels": {"run": "x", "rank": 0}},
+        {**good, "labels": None},
+        {"labels": good["labels"]},
+    ]
+    (tmp_path / "targets.json").write_text(json.dumps([*bad, good]))
+    assert read_targets(tmp_path) == [good]
+
+
+def test_a_host_is_what_is_advertised_or_listened_on() -> None:
+    assert reachable_host("0.0.0.0", "gpu-7.cluster", "10.0.0.1") == "gpu-7.cluster"
+    assert reachable_host("127.0.0.1", None, "192.0.2.1") == "127.0.0.1"
+    assert reachable_host("node3", None, None) == "node3"
+    assert reachable_host("fd00::2", None, None) == "fd00::2"
+
+
+class FakeNetwork:
+    """A machine whose addresses towards others are those of a table."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hosts: dict[str, str], sources: dict[str, str]) -> None:
+        self.hosts, self.sources = hosts, sources
+        monkeypatch.setattr(targets.socket, "getaddrinfo", self.getaddrinfo)
+        monkeypatch.setattr(targets.socket, "socket", lambda *arguments: FakeSocket(self))
+        monkeypatch.setattr(targets.socket, "gethostname", lambda: "this-machine")
+
+    def getaddrinfo(self, host: str, port: int, family: int, type: int) -> list[Any]:
+        address = self.hosts.get(host, host)
+        if (family == socket.AF_INET6) != (":" in address):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(family, type, 17, "", (address, port))]
+
+
+class FakeSocket:
+    def __init__(self, network: FakeNetwork) -> None:
+        self.network = network
+
+    def __enter__(self) -> FakeSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def connect(self, place: tuple[str, int]) -> None:
+        self.source = self.network.sources.get(place[0])
+        if self.source is None:
+            raise OSError(101, "Network is unreachable")
+
+    def getsockname(self) -> tuple[str | None, int]:
+        return self.source, 4711
+
+
+@pytest.mark.parametrize(
+    ("address", "rendezvous", "host"),
+    [
+        ("0.0.0.0", "node1", "10.0.0.7"),
+        ("::", "node1", "10.0.0.7"),
+        ("::", "node6", "fd00::7"),
+        # An endpoint of IPv4 alone has no address of IPv6.
+        ("0.0.0.0", "node6", "this-machine"),
+        # The rendezvous is here: its name often stands for a loopback.
+        ("0.0.0.0", "localhost", "this-machine"),
+        ("0.0.0.0", "this-machine", "this-machine"),
+        ("::", "link-local", "this-machine"),
+        ("0.0.0.0", "unreachable", "this-machine"),
+        ("0.0.0.0", "x" * 300, "this-machine"),
+        ("0.0.0.0", "", "this-machine"),
+        ("0.0.0.0", None, "this-machine"),
+    ],
+)
+def test_all_addresses_stand_for_the_one_towards_the_rendezvous(
+    address: str, rendezvous: str | None, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = {"node1": "10.0.0.1", "node6": "fd00::1", "localhost": "127.0.0.1", "this-machine": "127.0.1.1"}
+    hosts |= {"link-local": "fe80::1", "unreachable": "10.9.9.9"}
+    sources = {"10.0.0.1": "10.0.0.7", "fd00::1": "fd00::7", "127.0.0.1": "127.0.0.1", "127.0.1.1": "127.0.0.1"}
+    sources |= {"fe80::1": "fe80::7"}
+    FakeNetwork(monkeypatch, hosts, sources)
+    assert reachable_host(address, None, rendezvous) == host
+
+
+def test_the_real_network_is_asked_without_a_name_server() -> None:
+    assert reachable_host("0.0.0.0", None, "127.0.0.1") == socket.gethostname()
+    assert reachable_host("::", None, "::1") == socket.gethostname()
+    # Names that can't be names fail before anything is sent.
+    assert reachable_host("0.0.0.0", None, "a..b") == socket.gethostname()
