@@ -21,6 +21,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -38,6 +40,9 @@ from partial_fc.run_status import OUTCOME
 UNFINISHED = 75
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 _CPU_RANKS = 2
+# After the save of a run that another machine was told to end: that machine's agent may have left already, and
+# torchrun would wait five minutes for it.
+_FAREWELL_SECONDS = 20.0
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -50,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix="partial_fc-") as folder:
         file = Path(folder) / "outcome"
         os.environ[OUTCOME] = str(file)
+        threading.Thread(target=_leave_once_saved, args=(file,), name="outcome", daemon=True).start()
         code = _run(sys.argv[1:] if arguments is None else arguments, file)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -102,7 +108,7 @@ def _run(arguments: Sequence[str], file: Path) -> int:
             f"error: fewer machines than --nnodes {settings.nnodes} came to {settings.rdzv_endpoint} in time: start "
             "the same command on all of them (--rdzv-conf join_timeout=SECONDS waits longer)"
         )
-    state = file.read_text(encoding="utf-8").strip() if file.exists() else None
+    state = _read(file)
     if state == "finished":
         return 0
     if state == "resume" or (told is not None and state != "failed"):
@@ -110,6 +116,20 @@ def _run(arguments: Sequence[str], file: Path) -> int:
         _say(f"{told or 'a signal to another process'} ended the run, {saved}: start the same command again to go on")
         return UNFINISHED
     return code
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _leave_once_saved(file: Path) -> None:
+    while _read(file) != "resume":
+        time.sleep(1)
+    time.sleep(_FAREWELL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _own_address(endpoint: str) -> str | None:

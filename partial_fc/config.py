@@ -336,6 +336,9 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     backbone, head, optim, train = config.backbone, config.head, config.optim, config.train
     if train.steps is None and train.epochs is None:
         yield Contradiction(("train.steps", "train.epochs"), "missing, expected train.steps or train.epochs")
+    if train.name == "targets":
+        text = f"got {train.name!r}, expected another name: beside the runs, that folder holds what Prometheus reads"
+        yield Contradiction(("train.name",), text)
     if train.steps is not None and train.epochs is not None:
         text = (
             f"got {train.steps} next to train.epochs={train.epochs:g}, expected only one of them: set the other to null"

@@ -91,8 +91,8 @@ class MetricsConfig(Section):
     """Address to listen on; 0.0.0.0 for a Prometheus on another machine (:: with IPv6). Whoever reaches the port can
     read the metrics, unless tls_client_ca or user asks who he is."""
     advertise: Annotated[str, Field(min_length=1)] | None = None
-    """Name or address by which Prometheus reaches this machine, for the run's targets.json; null: address, or where
-    that is 0.0.0.0 or ::, the machine's address towards the rendezvous host."""
+    """Name or address by which Prometheus reaches this machine, for train.run_dir/targets; null: address, or where that
+    is 0.0.0.0 or ::, the machine's address towards the rendezvous host."""
     tls_certificate: Annotated[str, Field(min_length=1)] | None = None
     """PEM file with the certificate (and those between it and the root), for HTTPS; read again when it changes. Null:
     HTTP."""

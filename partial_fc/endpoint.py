@@ -16,7 +16,7 @@ from partial_fc.targets import reachable_host, targets_of, write_targets
 
 
 def open_endpoint(config: Config, place: Place, metrics: TrainingMetrics, folder: Path) -> None:
-    """Serve a rank's metrics, and write ``targets.json`` into the run's folder. Collective.
+    """Serve a rank's metrics, and write the run's file of :mod:`partial_fc.targets`. Collective.
 
     A port that can't be opened is a warning.
 
@@ -30,8 +30,8 @@ def open_endpoint(config: Config, place: Place, metrics: TrainingMetrics, folder
     if dist.is_initialized():
         dist.all_gather_object(endpoints, endpoints[0])
     if place.rank == 0:
-        assert config.train.name is not None
-        write_targets(folder, targets_of(endpoints, run=config.train.name, tls=section.tls_certificate is not None))
+        # Not the run's name, which others after it have, too.
+        write_targets(folder, targets_of(endpoints, run=folder.name, tls=section.tls_certificate is not None))
 
 
 def _start(config: Config, metrics: TrainingMetrics) -> None:

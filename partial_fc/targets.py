@@ -1,7 +1,8 @@
-"""``targets.json`` of a run's folder: where the ranks serve their metrics, for Prometheus' file discovery.
+"""Where the ranks of a run serve their metrics: ``targets/NAME.json`` beside the run's folder, which Prometheus reads.
 
-The file is written at each start of the run, and is ``[]`` once its processes ended in order. Where they were killed it
-stays as it was: the targets are down then, and an alert can say so.
+The files of all runs lie in one folder, as Prometheus' file discovery takes a ``*`` only in a path's last part. A file
+is written at each start of its run, and is ``[]`` once the processes ended in order. Where they were killed it stays as
+it was: the targets are down then, and an alert can say so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_FILE = "targets.json"
+_FOLDER = "targets"
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +75,18 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
+def targets_file(folder: Path) -> Path:
+    """The file of the run that has this folder."""
+    folder = folder.resolve()
+    return folder.parent / _FOLDER / f"{folder.name}.json"
+
+
 def write_targets(folder: Path, targets: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the file; a disk that is full costs a warning, not the run."""
-    file = folder / _FILE
-    other = file.with_suffix(".json.new")
+    """Replace a run's file; a disk that is full costs a warning, not the run."""
+    file = targets_file(folder)
+    other = file.with_name(f"{file.name}.new")
     try:
+        file.parent.mkdir(exist_ok=True)
         other.write_text(json.dumps(list(targets), indent=1) + "\n", encoding="utf-8")
         # Prometheus may read at any moment, and keeps what it had only where the file can't be parsed.
         os.replace(other, file)
@@ -90,14 +98,14 @@ def write_targets(folder: Path, targets: Sequence[Mapping[str, Any]]) -> None:
 
 def clear_targets(folder: Path) -> None:
     """Say that there is nothing to scrape any more; nothing is made where no file is."""
-    if (folder / _FILE).exists():
+    if targets_file(folder).exists():
         write_targets(folder, [])
 
 
 def read_targets(folder: Path) -> list[dict[str, Any]]:
     """What the file holds, as :func:`targets_of` made it; without what isn't like that, and ``[]`` without a file."""
     try:
-        content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        content = json.loads(targets_file(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return []
     return [entry for entry in content if _is_target(entry)] if isinstance(content, list) else []

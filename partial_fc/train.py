@@ -116,6 +116,9 @@ class Trainer:
                 return None
             if config.metrics.enabled:
                 open_endpoint(config, place, metrics, self.folder)
+            elif place.rank == 0:
+                # What an earlier start left.
+                clear_targets(self.folder)
             self._announce(journal, metrics)
             beat = functools.partial(self.watchdog.beat, "commit")
             keeper = Keeper(

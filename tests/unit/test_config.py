@@ -146,6 +146,7 @@ def test_margins_and_negatives_take_what_the_classes_take(package, name):
         ("train.learning_rate=1", "train.learning_rate: unknown key; did you mean optim.learning_rate?"),
         ("train.steps=1.5", "train.steps: got 1.5, expected a whole number >= 1 or null"),
         ("train.name=a/b", "train.name: got"),
+        ("train.name=targets", "train.name: got 'targets', expected another name"),
         ("metrics.port=70000", "metrics.port: got 70000, expected a whole number >= 1 and <= 65535"),
         ("evaluate.sets=lfw.bin", 'evaluate.sets: got "lfw.bin", expected a list, each text'),
     ],

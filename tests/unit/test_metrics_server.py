@@ -205,11 +205,13 @@ def test_a_request_that_makes_no_sense_harms_nobody(request_bytes: bytes) -> Non
 @pytest.mark.parametrize(
     ("request_bytes", "code"),
     [
-        (b"GET /" + b"x" * 65536 + b" HTTP/1.1\r\n\r\n", 414),
-        (b"GET / HTTP/1.1\r\nA: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        # More than sockets hold: a server that just closes would break the sending.
+        (b"GET /" + b"x" * 20_000_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 20_000_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 1000 + b"\r\n", 431),
         (b"hello\r\n\r\n", 400),
     ],
+    ids=["line", "header", "headers", "no request"],
 )
 def test_what_is_too_long_is_told_though_input_is_unread(request_bytes: bytes, code: int) -> None:
     with serving() as server, client(server) as connection:

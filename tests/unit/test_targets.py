@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from partial_fc import targets
-from partial_fc.targets import clear_targets, reachable_host, read_targets, targets_of, write_targets
+from partial_fc.targets import clear_targets, reachable_host, read_targets, targets_file, targets_of, write_targets
 
 ENDPOINTS: list[tuple[str, int | None]] = [("10.0.0.1", 9400), ("10.0.0.1", None), ("fd00::2", 9400), ("[::3]", 9401)]
 
@@ -27,66 +27,97 @@ def test_a_target_a_rank_that_serves() -> None:
     assert targets_of([("node1", None)], run="r100", tls=True) == []
 
 
-def test_the_file_is_written_read_and_cleared(tmp_path: Path) -> None:
-    assert read_targets(tmp_path) == []
-    clear_targets(tmp_path)
-    assert list(tmp_path.iterdir()) == [], "a run without endpoints has no file"
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's."""
+    made = tmp_path / "runs" / "r100-2"
+    made.mkdir(parents=True)
+    return made
+
+
+def test_the_file_is_written_read_and_cleared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_targets(folder) == []
+    clear_targets(folder)
+    assert list(folder.parent.iterdir()) == [folder], "a run without endpoints has no file"
     written = targets_of(ENDPOINTS, run='a "quoted"\nn\u00e4me', tls=True)
-    write_targets(tmp_path, written)
-    assert [path.name for path in tmp_path.iterdir()] == ["targets.json"]
-    assert read_targets(tmp_path) == json.loads((tmp_path / "targets.json").read_text()) == written
-    clear_targets(tmp_path)
-    assert json.loads((tmp_path / "targets.json").read_text()) == read_targets(tmp_path) == []
+    write_targets(folder, written)
+    # Prometheus takes a star in the last part only: the files of all runs are in one folder.
+    file = folder.parent / "targets" / "r100-2.json"
+    assert list(file.parent.iterdir()) == [file] and list(folder.iterdir()) == []
+    assert read_targets(folder) == json.loads(file.read_text()) == written
+    monkeypatch.chdir(folder)
+    assert read_targets(Path(".")) == written, "however the run is named"
+    clear_targets(folder)
+    assert json.loads(file.read_text()) == read_targets(folder) == []
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+def test_runs_have_a_file_each(folder: Path) -> None:
+    other = folder.with_name("r100-2.5")
+    write_targets(folder, targets_of([("a", 1)], run="a", tls=False))
+    write_targets(other, targets_of([("b", 1)], run="b", tls=False))
+    clear_targets(folder)
+    assert read_targets(folder) == [] and read_targets(other)[0]["targets"] == ["b:1"]
+    assert targets_file(other) != targets_file(folder)
+
+
+def test_a_reader_never_sees_half_a_file(folder: Path) -> None:
     written = targets_of([("node", 9400 + rank) for rank in range(2000)], run="r100", tls=False)
-    write_targets(tmp_path, written)
+    write_targets(folder, written)
     done = threading.Event()
 
     def write() -> None:
         for _ in range(20):
-            write_targets(tmp_path, written)
-            write_targets(tmp_path, written[:1])
+            write_targets(folder, written)
+            write_targets(folder, written[:1])
         done.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     lengths = set()
-    while not done.is_set():
-        lengths.add(len(json.loads((tmp_path / "targets.json").read_text())))
-    writer.join()
+    try:
+        while not done.is_set():
+            lengths.add(len(json.loads(targets_file(folder).read_text())))
+    finally:
+        writer.join()
     assert lengths <= {1, 2000}
 
 
 def test_a_full_disk_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_targets(tmp_path, targets_of([("old", 9400)], run="r100", tls=False))
+    write_targets(folder, targets_of([("old", 9400)], run="r100", tls=False))
+    file = targets_file(folder)
 
     def full(source: Any, target: Any) -> None:
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patched:
         patched.setattr(targets.os, "replace", full)
-        write_targets(tmp_path, [])
-    assert f"{tmp_path}/targets.json can't be written (No space left on device)" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["targets.json"], "nothing is left behind"
-    assert read_targets(tmp_path)[0]["targets"] == ["old:9400"]
-    write_targets(tmp_path / "none", [])
-    assert len(caplog.records) == 2
+        write_targets(folder, [])
+    assert f"{file} can't be written (No space left on device)" in caplog.text
+    assert list(file.parent.iterdir()) == [file], "nothing is left behind"
+    assert read_targets(folder)[0]["targets"] == ["old:9400"]
+    # In the folder's place is a file.
+    file.unlink()
+    file.parent.rmdir()
+    file.parent.write_text("")
+    write_targets(folder, [])
+    clear_targets(folder)
+    assert len(caplog.records) == 2 and read_targets(folder) == []
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"\xff", b"{}", b"null", b"[1, null, []]", b"[" * 100_000, b'[{"targets": "a:1", "labels": {}}]'],
+    ids=lambda content: repr(content[:12]),
 )
-def test_garbage_is_no_target(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "targets.json").write_bytes(content)
-    assert read_targets(tmp_path) == []
+def test_garbage_is_no_target(folder: Path, content: bytes) -> None:
+    write_targets(folder, [])
+    targets_file(folder).write_bytes(content)
+    assert read_targets(folder) == []
 
 
-def test_what_is_whole_beside_garbage_is_a_target(tmp_path: Path) -> None:
+def test_what_is_whole_beside_garbage_is_a_target(folder: Path) -> None:
     good = {"targets": ["a:1"], "labels": {"run": "x", "rank": "0"}}
     bad = [
         {**good, "targets": []},
@@ -96,8 +127,8 @@ def test_what_is_whole_beside_garbage_is_a_target(tmp_path: Path) -> None:
         {**good, "labels": None},
         {"labels": good["labels"]},
     ]
-    (tmp_path / "targets.json").write_text(json.dumps([*bad, good]))
-    assert read_targets(tmp_path) == [good]
+    write_targets(folder, [*bad, good])
+    assert read_targets(folder) == [good]
 
 
 def test_a_host_is_what_is_advertised_or_listened_on() -> None:
