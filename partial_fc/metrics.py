@@ -155,7 +155,7 @@ class TrainingMetrics:
     def _declare(self) -> None:
         """Make every series that there will be."""
         of_commits = (self._commit_time, self._commit_seconds, self._copy_seconds, self._commit_bytes)
-        others = (self._committed_step, self._resumed_step, self._planned, self._evaluation_seconds)
+        others = (self._committed_step, self._resumed_step, self._planned, self._restarts, self._evaluation_seconds)
         for gauge in (*self._measured.values(), *of_commits, *others):
             gauge.set(math.nan)
         for group in GROUPS:
