@@ -6,7 +6,8 @@
 ====  ==================================================================================
 0     the run finished, or the workers that were no training ended in order
 75    it was ended by a signal, saved where there was time: the same command goes on
-else  that of torchrun: it failed
+70    the run failed for good (it diverged, or its commit doesn't fit): starts won't help
+else  that of torchrun: its processes failed
 ====  ==================================================================================
 
 torchrun itself ends with 1 and a trace after a signal, though its workers saved the run.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -36,8 +38,8 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 
 from partial_fc.run_status import OUTCOME
 
-# EX_TEMPFAIL of sysexits.h: try again later.
-UNFINISHED = 75
+# EX_TEMPFAIL and EX_SOFTWARE of sysexits.h: try again later; don't.
+UNFINISHED, FAILED = 75, 70
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 _CPU_RANKS = 2
 # After the save of a run that another machine was told to end: that machine's agent may have left already, and
@@ -112,10 +114,9 @@ def _run(arguments: Sequence[str], file: Path) -> int:
     if state == "finished":
         return 0
     if state == "resume" or (told is not None and state != "failed"):
-        saved = "it's saved" if state == "resume" else "it wasn't saved in time, its last commit counts"
-        _say(f"{told or 'a signal to another process'} ended the run, {saved}: start the same command again to go on")
+        _say_unfinished(told or "a signal to another process", saved=state == "resume")
         return UNFINISHED
-    return code
+    return FAILED if state == "failed" else code
 
 
 def _read(file: Path) -> str | None:
@@ -126,10 +127,26 @@ def _read(file: Path) -> str | None:
 
 
 def _leave_once_saved(file: Path) -> None:
-    while _read(file) != "resume":
+    """End this process when its workers saved the run and ended; its main thread waits in C++, and hears no signal."""
+    while _read(file) != "resume" or _has_children():
         time.sleep(1)
     time.sleep(_FAREWELL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+    shutil.rmtree(file.parent, ignore_errors=True)
+    _say_unfinished("a signal to another machine", saved=True)
+    os._exit(UNFINISHED)
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _say_unfinished(who: str, *, saved: bool) -> None:
+    how = "it's saved" if saved else "it wasn't saved in time, its last commit counts"
+    _say(f"{who} ended the run, {how}: start the same command again to go on")
 
 
 def _own_address(endpoint: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -18,6 +19,8 @@ _PEER_GONE = (
     "timeout caused",
     "Broken pipe",
 )
+# torchrun's agent ends all ranks of a machine when one has ended: the one that shows the line comes first.
+_SHOWN_SECONDS = 10.0
 
 
 @contextmanager
@@ -32,6 +35,8 @@ def one_line_errors(exit_code: int = 1) -> Iterator[None]:
             print(f"error: rank {error.rank}: {error}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SHOWN_SECONDS)
         leave(exit_code)
     except KeyboardInterrupt:
         leave(130)
