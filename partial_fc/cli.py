@@ -76,6 +76,27 @@ def evaluate(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs.")],
+    watch: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Look again and again, until the run has ended or Ctrl-C."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all that is known as JSON, an object a look.")] = False,
+    endpoints: Annotated[bool, typer.Option(help="Ask the ranks for their metrics.")] = True,
+) -> None:
+    """Say how a run stands: progress, speed, figures, commits, faults, ranks. It reads only.
+
+    Exit code 0: it runs or is finished, 3: failed, 4: saved and ended on a signal, 5: no sign of life, or no progress.
+    """
+    with one_line_errors():
+        from partial_fc.status import show_status
+
+        code = show_status(run, watch=watch, as_json=json, endpoints=endpoints)
+    raise typer.Exit(code)
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="Configuration, a YAML file.")],
     overrides: _Overrides = None,

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _log = logging.getLogger(__name__)
 
 _FILE = "metrics.jsonl"
-_GOING_BACK = ("resumed", "rollback")
-_VOIDED = ("train", "evaluation")
+# What makes earlier lines void, and which ones.
+GOING_BACK = ("resumed", "rollback")
+VOIDED = ("train", "evaluation")
 
 
 class Journal:
@@ -146,16 +147,17 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        line = _parse(text)
+        line = parse_line(text)
         if line is None:
             continue
-        if line["kind"] in _GOING_BACK:
-            lines = [old for old in lines if old["kind"] not in _VOIDED or old["step"] <= line["step"]]
+        if line["kind"] in GOING_BACK:
+            lines = [old for old in lines if old["kind"] not in VOIDED or old["step"] <= line["step"]]
         lines.append(line)
     return lines
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def parse_line(text: str) -> dict[str, Any] | None:
+    """What a line holds; None where it has no kind and step, or is no JSON."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):

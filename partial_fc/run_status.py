@@ -76,7 +76,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     """The status of a folder; None where there is none that can be read."""
     try:
         content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

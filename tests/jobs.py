@@ -8,10 +8,12 @@ doesn't come in time raises :class:`JobFailed` with the last lines of all jobs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +103,16 @@ def serve_as_guard(clear: Callable[[str], None]) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     clear(mark)
+
+
+def free_ports(count: int) -> int:
+    """The first of some ports in a row that nobody listens on, below those that the system gives away by itself."""
+    for first in range(12000 + os.getpid() % 1000 * 8, 32000, count):
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise JobFailed(f"there are no {count} free ports in a row")
 
 
 class Job:

@@ -127,6 +127,16 @@ run_folder
 targets
 endpoint
 report
+status.words
+status.facts
+status.following
+status.life
+status.scrape
+status.derive
+status.gather
+status.tables
+status.view
+status
 phases
 training_step
 verify

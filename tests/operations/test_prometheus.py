@@ -5,14 +5,11 @@ Windows and waits of the rules are a sixtieth here (tests/monitoring.py); everyt
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -25,7 +22,7 @@ import yaml
 
 from benchmarks import run_curves
 from partial_fc.metrics import PHASES
-from tests.jobs import Job, JobFailed, Jobs, send
+from tests.jobs import Job, JobFailed, Jobs, free_ports, send
 from tests.monitoring import DASHBOARD, PROMETHEUS, ROOT, Server, alerts, expressions, faster, recorded, write_faster
 from tests.needs import need_programs
 from tests.runs import Run, make_data
@@ -162,16 +159,6 @@ class Scraped(NamedTuple):
         """Wait until no alert fires but those of the machine."""
         rests = functools.partial(self.server.firing, OF_THE_MACHINE)
         self.jobs.wait_until(lambda: not rests(), "all alerts to rest", DEADLINE)
-
-
-def free_ports(count: int) -> int:
-    """The first of some ports in a row that nobody listens on, below those that the system gives away by itself."""
-    for first in range(21000 + os.getpid() % 1000 * 8, 32000, count):
-        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture(scope="module")
