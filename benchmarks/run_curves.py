@@ -20,15 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PHASES = (
-    "data",
-    "backbone_forward",
-    "head_forward",
-    "head_backward",
-    "backbone_backward",
-    "optimizer",
-    "collectives",
-)
+from partial_fc.metrics import PHASES
+
 POINTS = 400
 GREY, BLUE, ORANGE, GREEN = "#777777", "#1f6fb2", "#d95f02", "#3a8f4a"
 COLOURS = ("#c9a227", "#1f6fb2", "#d95f02", "#f2a66b", "#7fb0dc", "#3a8f4a", "#9a9a9a")

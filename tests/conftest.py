@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from hypothesis import settings
 
 from partial_fc import cli_errors
+from tests.jobs import Jobs
 from tests.ranks import RankPool
+from tests.runs import make_data
 
 # Examples are drawn anew from the same seed on each run, and a busy machine is no failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
@@ -27,6 +30,19 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for living in pools.values():
         living.close()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    """Jobs whose logs are in the test's folder, and that end with the test."""
+    with Jobs(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of made-up identities, which nobody changes."""
+    return make_data(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture

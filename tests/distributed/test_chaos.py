@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +34,6 @@ class Kill(NamedTuple):
     newest: int
     resumed: int
     saving: bool
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    with Jobs(tmp_path) as opened:
-        yield opened
 
 
 def wait_for_new_workers(jobs: Jobs, job: Job, old: set[int]) -> dict[int, int]:

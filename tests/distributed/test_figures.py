@@ -13,13 +13,8 @@ from partial_fc import metrics, train
 from partial_fc.metrics import PHASES
 from partial_fc.train import Trainer
 from partial_fc.training_step import TrainingStep
-from tests.runs import CLASSES, make_data
+from tests.runs import CLASSES
 from tests.trainings import lines_of, train_here, write_config
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def samples_of(registry: Any) -> dict[tuple[str, str], float]:

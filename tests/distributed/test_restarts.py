@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.jobs import Jobs, send
-from tests.runs import Run, assert_same_losses, assert_same_weights, make_data
+from tests.runs import Run, assert_same_losses, assert_same_weights
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -59,17 +58,6 @@ TrainingStep.run = stuck
 from partial_fc.cli import main
 main()
 """
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    with Jobs(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture(scope="module")

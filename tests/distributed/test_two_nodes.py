@@ -11,7 +11,7 @@ import pytest
 
 from tests.jobs import Job, Jobs
 from tests.nodes import Node, nodes_or_skip
-from tests.runs import CLASSES, Run, assert_same_losses, assert_same_weights, make_data
+from tests.runs import CLASSES, Run, assert_same_losses, assert_same_weights
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -34,11 +34,6 @@ def jobs(tmp_path: Path, nodes: list[Node]) -> Iterator[Jobs]:
     # After the nodes, so that the processes on them end before they are taken down.
     with Jobs(tmp_path) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs import Job, Jobs, send
 from tests.needs import need_programs
 from tests.nodes import Node, nodes_or_skip
-from tests.runs import Run, assert_same_losses, make_data
+from tests.runs import Run, assert_same_losses
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -36,17 +36,6 @@ if "LOCAL_RANK" in os.environ:
         return genuine(self, *arguments, **named)
     TrainingStep.run = run
 """
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    with Jobs(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture

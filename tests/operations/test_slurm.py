@@ -12,7 +12,7 @@ import pytest
 
 from tests.jobs import Jobs
 from tests.nodes import INTERFACE
-from tests.runs import Run, assert_same_losses, assert_same_weights, make_data
+from tests.runs import Run, assert_same_losses, assert_same_weights
 from tests.slurm import Cluster, cluster_or_skip
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -37,11 +37,6 @@ if "LOCAL_RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
 def cluster() -> Iterator[Cluster]:
     with cluster_or_skip(2) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(400)]
 
 DEADLINE = 120.0
 SIGNALS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts", "0"]
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    with Jobs(tmp_path) as opened:
-        yield opened
 
 
 def look(run: Run) -> dict[str, Any]:
