@@ -35,16 +35,18 @@ class Tls(NamedTuple):
 
 
 def read_password(file: str) -> str:
-    """The first line of a file; a warning where every user of the machine can read it.
+    """The first line of a file, without blanks around it, which Prometheus trims in its own file, too.
+
+    A warning where every user of the machine can read it.
 
     Raises:
         ConfigError: the file can't be read, or its first line is empty.
     """
     try:
-        line = _read(file, "password_file").decode().partition("\n")[0].removesuffix("\r")
+        line = _read(file, "password_file").decode().partition("\n")[0].strip()
     except UnicodeDecodeError:
         raise ConfigError(f"metrics.password_file is {file!r}: got bytes that are no text, expected UTF-8") from None
-    if not line.strip():
+    if not line:
         raise ConfigError(f"metrics.password_file is {file!r}: got an empty first line, expected the password there")
     _warn_of_readers(file, "password_file")
     return line

@@ -115,15 +115,18 @@ def metrics_contradictions(metrics: MetricsConfig) -> Iterator[Contradiction]:
         if getattr(metrics, key) is not None and getattr(metrics, other) is None:
             text = f"got {getattr(metrics, key)}, expected metrics.{other} with it"
             yield Contradiction((f"metrics.{key}", f"metrics.{other}"), text)
+    if not _is_host(metrics.address, unspecified=True):
+        text = f"got {metrics.address}, expected an address or a name of this machine, without port or brackets"
+        yield Contradiction(("metrics.address",), text)
     if metrics.advertise is not None and not _is_host(metrics.advertise):
         text = f"got {metrics.advertise}, expected a host's name or address, without scheme, port or brackets"
         yield Contradiction(("metrics.advertise",), text)
 
 
-def _is_host(text: str) -> bool:
+def _is_host(text: str, *, unspecified: bool = False) -> bool:
     try:
         # 0.0.0.0 is where one listens; nobody can be reached there.
-        return not ipaddress.ip_address(text).is_unspecified
+        return not ipaddress.ip_address(text).is_unspecified or unspecified
     except ValueError:
         return len(text) <= 253 and all(_LABEL.fullmatch(label) for label in text.removesuffix(".").split("."))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from partial_fc.metrics import TrainingMetrics
 from partial_fc.metrics_server import Tls, read_password
 from partial_fc.ranks import agreed
 from partial_fc.targets import reachable_host, targets_of, write_targets
+
+_log = logging.getLogger(__name__)
 
 
 def open_endpoint(config: Config, place: Place, metrics: TrainingMetrics, folder: Path) -> None:
@@ -31,7 +34,10 @@ def open_endpoint(config: Config, place: Place, metrics: TrainingMetrics, folder
         dist.all_gather_object(endpoints, endpoints[0])
     if place.rank == 0:
         # Not the run's name, which others after it have, too.
-        write_targets(folder, targets_of(endpoints, run=folder.name, tls=section.tls_certificate is not None))
+        targets = targets_of(endpoints, run=folder.name, tls=section.tls_certificate is not None)
+        write_targets(folder, targets)
+        if not targets:
+            _log.warning("no rank serves metrics: Prometheus won't know of this run, and no alert will tell of it")
 
 
 def _start(config: Config, metrics: TrainingMetrics) -> None:

@@ -15,8 +15,11 @@ from partial_fc.journal import Journal
 from partial_fc.loss_scale import LossScale
 from partial_fc.metrics import GROUPS, NEAREST, PHASES, TrainingMetrics
 from partial_fc.phases import PhaseTimer
+from partial_fc.ranks import from_first
 from partial_fc.training_step import Outcome, TrainingStep
 
+# What reads all class centres may take one of so many parts of the time.
+_SELDOM = 100
 # Of the head's statistics, those that a line of the log has.
 _OF_THE_HEAD = ("target_cosine", "support_vectors_per_sample", "sampled_classes")
 
@@ -74,6 +77,8 @@ class Figures:
         self._last: dict[str, float | None] = {}
         self._seconds: list[dict[str, float]] = []
         self._logged, self._logged_at = 0, time.perf_counter()
+        # Not before this time of the clock, at rank 0.
+        self._looks_at = 0.0
 
     @property
     def unread(self) -> bool:
@@ -81,21 +86,24 @@ class Figures:
         return bool(self._unread)
 
     def add(self, step: int, outcome: Outcome) -> None:
-        """Take what a step left; it's read later."""
+        """Count a step, and take what it left, which is read later: on a GPU the log may be far away."""
+        self._metrics.record_step(self._training_step.local_samples, reached_step=step + 1)
         self._unread.append((step, outcome))
 
     def drop(self) -> None:
         """Forget what nobody has read: the run goes back."""
         self._unread = []
 
-    def restart_clock(self, step: int | None = None) -> None:
-        """What was since the last log doesn't count for the speed; nor do steps before ``step``."""
-        self._logged_at = time.perf_counter()
-        if step is not None:
-            self._logged = step
+    def restart_clock(self, step: int) -> None:
+        """The speed of the next log is that from here on.
+
+        Args:
+            step: steps done.
+        """
+        self._logged, self._logged_at = step, time.perf_counter()
 
     def read(self, rates: Mapping[str, float], samples: int) -> list[ReadStep]:
-        """Read and count the steps since the last call. A GPU is waited for.
+        """Read the steps since the last call. A GPU is waited for.
 
         Args:
             rates: the last step's learning rates, by group.
@@ -112,8 +120,8 @@ class Figures:
         self._last = {"loss": read[-1].loss if self._done else None, **_of_head(stats)}
         norms = read[-1].outcome.gradient_norms
         self._metrics.record_step(
-            self._training_step.local_samples * len(read),
-            steps=len(read),
+            0,
+            steps=0,
             skipped=sum(not step.applied for step in read),
             learning_rates=rates,
             gradient_norms={
@@ -122,7 +130,6 @@ class Figures:
             centre_norms=None if stats is None or stats.centre_norms is None else stats.centre_norms.tolist(),
             loss_scale=self._scale.scale,
             epoch=samples / self._pass,
-            reached_step=read[-1].step + 1,
             data_queue_batches=self._stream.ready,
             data_queue_capacity=self._stream.room,
         )
@@ -131,13 +138,14 @@ class Figures:
         self._metrics.record_sent(self._training_step.sent)
         return read
 
-    def log(self, step: int, samples: int, rates: Mapping[str, float]) -> None:
+    def log(self, step: int, samples: int, rates: Mapping[str, float], *, last: bool = False) -> None:
         """Tell of the steps since the last log, which are read. Collective.
 
         Args:
             step: steps done.
             samples: position in the sample stream.
             rates: as for :meth:`read`.
+            last: whether it's the run's last.
         """
         now = time.perf_counter()
         speed = (step - self._logged) * self._batch_size / (now - self._logged_at)
@@ -145,12 +153,7 @@ class Figures:
         means = {name: sum(of_step.get(name, 0.0) for of_step in self._seconds) / count for name in PHASES}
         self._seconds = []
         figures: dict[str, Any] = {name: self._last.get(name) for name in ("loss", *_OF_THE_HEAD)}
-        # A step without an update may have embeddings that aren't finite; whether it had is the same on all ranks.
-        nearest = self._training_step.nearest(NEAREST) if self._done else None
-        if nearest is not None:
-            cosines = {f"nearest_cosine_{n}": None if math.isnan(at) else at for n, at in nearest.cosines.items()}
-            figures |= {**cosines, "nearest_accuracy": nearest.accuracy}
-            self._metrics.record_nearest(nearest.cosines, nearest.accuracy)
+        figures |= self._nearest(last=last)
         self._record_gpu_memory()
         self._journal.record(
             "train",
@@ -164,6 +167,21 @@ class Figures:
         shown = {"loss": figures["loss"], "cos": figures["target_cosine"], "sv": figures["support_vectors_per_sample"]}
         self._journal.show(step, {**shown, "lr": rates["backbone"], "img/s": speed})
         self.restart_clock(step)
+
+    def _nearest(self, *, last: bool) -> dict[str, float | None]:
+        """Look up the nearest classes, where that takes no more than a hundredth of the time since it was last done."""
+        # A step without an update may have embeddings that aren't finite; whether it had is the same on all ranks.
+        if not self._done or not from_first(lambda: last or time.perf_counter() >= self._looks_at):
+            return {}
+        begin = time.perf_counter()
+        nearest = self._training_step.nearest(NEAREST)
+        now = time.perf_counter()
+        self._looks_at = now + _SELDOM * (now - begin)
+        if nearest is None:
+            return {}
+        self._metrics.record_nearest(nearest.cosines, nearest.accuracy)
+        cosines = {f"nearest_cosine_{n}": None if math.isnan(at) else at for n, at in nearest.cosines.items()}
+        return {**cosines, "nearest_accuracy": nearest.accuracy}
 
     def _record_gpu_memory(self) -> None:
         device = self._head.weight.device

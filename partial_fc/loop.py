@@ -117,7 +117,7 @@ class Loop:
                 self._read(rates)
             if logs:
                 course.start.status.write("running", progress.step)
-                figures.log(progress.step, progress.samples, rates)
+                figures.log(progress.step, progress.samples, rates, last=last)
             if evaluates:
                 self.evaluate()
             if self._preemption.requested is not None:
@@ -156,7 +156,7 @@ class Loop:
         if results:
             self._metrics.record_evaluation({name: result.accuracy for name, result in results.items()}, seconds)
             self._progress.accuracy = statistics.fmean(result.accuracy for result in results.values())
-        self._figures.restart_clock()
+        self._figures.restart_clock(self._progress.step)
         return results
 
     def _read(self, rates: dict[str, float]) -> None:

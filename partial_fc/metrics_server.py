@@ -351,9 +351,11 @@ def _listen(address: str, port: int) -> socket.socket:
         OSError: there is none.
     """
     failure: OSError | None = None
-    for family, kind, protocol, _, place in socket.getaddrinfo(
-        address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
+    try:
+        places = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # no name of a machine
+        raise OSError(errno.EINVAL, str(error)) from None
+    for family, kind, protocol, _, place in places:
         try:
             listener = socket.socket(family, kind, protocol)
         except OSError as error:

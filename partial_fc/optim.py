@@ -43,7 +43,7 @@ class RowOptimizer(torch.optim.Optimizer):
         loss_scale: what the loss was multiplied by: gradients are divided by it before anything else. Set it before
             ``backward`` (in backward) or ``step``; 1 at first. An overflow is looked for by whoever scales the loss.
         gradient_square: where it's a 0-dim tensor (float32, on the parameters' device), each update adds the square of
-            its gradient's norm, before clipping and decay; None (at first): nothing is looked at.
+            its gradient's norm, before its own clipping and decay; None (at first): nothing is looked at.
     """
 
     def __init__(
@@ -398,12 +398,20 @@ def clip_shards(param: Tensor, max_norm: float, sum_over_shards: Callable[[Tenso
     Returns:
         The norm before clipping, a 0-dim tensor, the same on all ranks.
     """
+    norm = sum_over_shards(shard_square(param)).sqrt()
     gradient = param.grad
-    if gradient is not None and gradient.is_sparse:
-        gradient = param.grad = gradient.coalesce()
-    values = None if gradient is None else gradient.values() if gradient.is_sparse else gradient
-    own = param.new_zeros((), dtype=torch.float32) if values is None else values.float().square().sum()
-    norm = sum_over_shards(own).sqrt()
-    if values is not None:
+    if gradient is not None:
+        values = gradient.values() if gradient.is_sparse else gradient
         values.mul_((max_norm / norm.clamp_min(1e-30)).clamp_max(1))
     return norm
+
+
+def shard_square(param: Tensor) -> Tensor:
+    """The square of the norm of this shard's gradient, a 0-dim float32 tensor; a row-sparse gradient is coalesced."""
+    gradient = param.grad
+    if gradient is None:
+        return param.new_zeros((), dtype=torch.float32)
+    if gradient.is_sparse:
+        gradient = param.grad = gradient.coalesce()
+    values = gradient.values() if gradient.is_sparse else gradient
+    return values.float().square().sum()

@@ -112,6 +112,8 @@ class Trainer:
             if self.start.lock is not None:
                 opened.enter_context(self.start.lock)
             if self.start.finished:
+                if place.rank == 0:
+                    clear_targets(self.folder)
                 journal.say(f"{self.folder}: the run is finished already, its job was only started again")
                 return None
             if config.metrics.enabled:
@@ -189,9 +191,9 @@ class Trainer:
 
     def _end(self, state: str) -> None:
         """The run's processes end in order: nobody shall look for their endpoints any more."""
-        self.start.status.write(state, self.kept.progress.step)
         if self.place.rank == 0:
             clear_targets(self.folder)
+        self.start.status.write(state, self.kept.progress.step)
 
     def _end_on_signal(self, journal: Journal, keeper: Keeper, preemption: Preemption) -> None:
         signal, step = preemption.requested or "a signal to another rank", self.kept.progress.step

@@ -20,7 +20,7 @@ from partial_fc.data import Batch, SampleStream
 from partial_fc.errors import DataError, LabelError, NonFiniteError
 from partial_fc.head import PartialFC
 from partial_fc.loss_scale import LossScale
-from partial_fc.optim import RowOptimizer, clip_shards
+from partial_fc.optim import RowOptimizer, clip_shards, shard_square
 from partial_fc.permutation import hash64
 from partial_fc.phases import PhaseTimer
 from partial_fc.ranks import agreed
@@ -97,6 +97,8 @@ class TrainingStep:
             self._backbone_bytes = ring_bytes(size, place.world_size, sums=True)
         self._sums = 0
         head.group.waiting = lambda: timer.inside("collectives")
+        # Of the norm of the centres' gradient, where a step is asked for it.
+        self._square: Tensor | None = None
         # Embeddings and labels of the last micro batch.
         self._last: tuple[Tensor, Tensor] | None = None
         skips = config.train.nonfinite == "skip"
@@ -137,8 +139,9 @@ class TrainingStep:
         losses: list[Tensor] = []
         self._sample_ids.clear()
         loss, applied, reason, overflowed, norm = None, None, None, False, None
-        square = torch.zeros((), device=self._place.device) if norms else None
-        self._optimizers[1].gradient_square = square
+        self._square = torch.zeros((), device=self._place.device) if norms else None
+        head_optimizer = self._optimizers[1]
+        head_optimizer.gradient_square = self._square if head_optimizer.in_backward else None
         try:
             for micro in range(accumulate):
                 losses.append(self._micro_step(number, last=micro + 1 == accumulate))
@@ -163,7 +166,8 @@ class TrainingStep:
             self._stream.seek(following)
         self._timer.end_step()
         ids = torch.cat(self._sample_ids) if self._sample_ids else torch.empty(0, dtype=torch.int64)
-        return Outcome(loss, applied, ids, reason, overflowed, (norm, None if square is None else square.sqrt()))
+        of_head = None if self._square is None else self._square.sqrt()
+        return Outcome(loss, applied, ids, reason, overflowed, (norm, of_head))
 
     def nearest(self, ns: Sequence[int], samples: int = 64) -> Nearest | None:
         """Look up the nearest class centres of some samples of the last batch. Collective.
@@ -274,6 +278,8 @@ class TrainingStep:
                 if self._config.train.nonfinite == "stop":
                     raise NonFiniteError(text)
                 return None, text, False, norm
+            if self._square is not None and not self._optimizers[1].in_backward:
+                self._square += shard_square(self._head.weight)
             if section.clip_norm is not None:
                 clip_grads_with_norm_(self._backbone.parameters(), section.clip_norm, norm)
             if section.head_clip_norm is not None:

@@ -24,7 +24,7 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> str:
 
 
 def test_the_first_line_is_the_password(tmp_path: Path) -> None:
-    assert read_password(write(tmp_path / "a", "s\u00e9cret word \n# a comment\n".encode())) == "s\u00e9cret word "
+    assert read_password(write(tmp_path / "a", " s\u00e9cret word \n# a comment\n".encode())) == "s\u00e9cret word"
     assert read_password(write(tmp_path / "b", b"secret\r\n")) == "secret"
     assert read_password(write(tmp_path / "c", b"secret")) == "secret"
 

@@ -24,6 +24,12 @@ def load(folder: Path, *overrides: str) -> Config:
         (["tls_client_ca=a"], "metrics.tls_client_ca: got a, expected metrics.tls_certificate with it"),
         (["user=a:b", "password_file=p"], 'metrics.user: got "a:b", expected text that matches'),
         (["advertise="], None),
+        (["address=0.0.0.0"], None),
+        (['address="::"'], None),
+        (["address=node-7.cluster"], None),
+        (["address=a..b"], "metrics.address: got a..b, expected an address or a name of this machine"),
+        (['address="*"'], "metrics.address: got"),
+        (['address="[::1]"'], "metrics.address: got"),
         (['advertise=""'], "metrics.advertise: got"),
         *(
             ([f"advertise={host}"], "metrics.advertise: got")

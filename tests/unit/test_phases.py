@@ -83,34 +83,68 @@ def test_after_an_error_in_a_phase_the_next_one_is_an_outer_one(clock: Clock) ->
     assert timer.read() == [{"data": 1.0}] and told == ["head_forward", "data"]
 
 
-class Event:
-    """A device event whose time is the host's clock."""
+class Device:
+    """A GPU's queue beside the host's clock: work begins when it's given, or when the work before it is done."""
 
-    clock: Clock
+    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, self.busy_until = clock, 0.0
 
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-        self.time = -1.0
+        class Event:
+            def __init__(event, enable_timing: bool) -> None:
+                assert enable_timing
+                event.time = -1.0
 
-    def record(self) -> None:
-        self.time = Event.clock.now
+            def record(event) -> None:
+                event.time = self.busy_until = max(self.busy_until, clock.now)
 
-    def synchronize(self) -> None:
-        assert self.time >= 0
+            def synchronize(event) -> None:
+                assert event.time >= 0
 
-    def elapsed_time(self, other: Event) -> float:
-        return 1000 * (other.time - self.time)
+            def elapsed_time(event, other: Event) -> float:
+                return 1000 * (other.time - event.time)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(self, seconds: float) -> None:
+        """Give it work; the host goes on."""
+        self.busy_until = max(self.busy_until, self.clock.now) + seconds
 
 
-def test_on_a_gpu_events_are_counted_likewise(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    Event.clock = clock
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+@pytest.fixture
+def device(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(clock, monkeypatch)
+
+
+def test_on_a_gpu_its_own_time_is_counted(clock: Clock, device: Device) -> None:
     timer = PhaseTimer(torch.device("cuda"))
-    with timer.phase("data"):
-        clock.now += 2
     with timer.phase("head_forward"):
-        clock.now += 1
+        device.work(1)
         with timer.inside("collectives"):
-            clock.now += 4
+            device.work(4)
+        device.work(2)
     timer.end_step()
-    assert timer.read() == [{"data": 2.0, "head_forward": 1.0, "collectives": 4.0}]
+    (step,) = timer.read()
+    assert step == pytest.approx({"head_forward": 3.0, "collectives": 4.0})
+
+
+@pytest.mark.parametrize("loader", [0.9, 1.0, 1.05, 2.0])
+def test_waiting_for_data_is_what_the_gpu_waits_and_the_phases_add_up(
+    clock: Clock, device: Device, loader: float
+) -> None:
+    timer = PhaseTimer(torch.device("cuda"))
+    ends, ready = [], clock.now
+    for _ in range(40):
+        with timer.phase("data"):
+            ready += loader
+            clock.now = max(clock.now, ready)
+        with timer.phase("backbone_forward"):
+            device.work(0.4)
+        forward = device.busy_until
+        with timer.phase("backbone_backward"):
+            device.work(0.6)
+        clock.now = max(clock.now, forward)
+        timer.end_step()
+        ends.append(device.busy_until)
+    period, last = ends[-1] - ends[-2], timer.read()[-1]
+    assert sum(last.values()) == pytest.approx(period)
+    assert last["data"] == pytest.approx(max(loader - 1.0, 0.0), abs=1e-6)

@@ -4,6 +4,8 @@ import io
 import logging
 import re
 import tarfile
+import threading
+import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -124,6 +126,26 @@ def test_resuming_goes_on_at_the_next_position(kind: str, which: str, tmp_path: 
         steps = (len(whole) - position) // batch_size
         resumed = global_batches(sources, world_size, steps, position=position, batch_size=batch_size, **options)
         assert rows(resumed) == whole[position : position + steps * batch_size]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_batches_that_are_ready_are_told(tmp_path: Path, kind: str) -> None:
+    with stream(data_set(tmp_path), kind=kind, prefetch=3, readers=3) as opened:
+        assert opened.ready == 0 and opened.room == 3
+        opened.next_batch()
+        deadline = time.monotonic() + 30
+        while opened.ready < opened.room and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert opened.ready == opened.room
+        if kind == "python":
+            held = threading.Event()
+            opened._decode = lambda *arguments: held.wait(30)  # type: ignore[attr-defined]
+            for _ in range(3):
+                opened.next_batch()
+            # What is under way isn't ready.
+            assert opened.ready == 0
+            held.set()
+    assert opened.ready == 0
 
 
 def test_threads_readers_and_prefetch_change_nothing(tmp_path: Path) -> None:
