@@ -12,7 +12,7 @@ help:  ## show this help
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z]*\):[^#]*## */  \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
-test: $(READY)  ## run all tests (CPU only, about 25 minutes on 2 cores)
+test: $(READY)  ## run all tests (CPU only, about 45 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(READY)  ## make a small data set, train on it with two ranks, evaluate

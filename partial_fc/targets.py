@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,13 @@ def write_targets(folder: Path, targets: Sequence[Mapping[str, Any]]) -> None:
     file = targets_file(folder)
     other = file.with_name(f"{file.name}.new")
     try:
-        file.parent.mkdir(exist_ok=True)
+        if not file.parent.exists():
+            file.parent.mkdir(exist_ok=True)
+            # Whoever may make runs there may tell of them, too.
+            file.parent.chmod(stat.S_IMODE(file.parent.parent.stat().st_mode))
         other.write_text(json.dumps(list(targets), indent=1) + "\n", encoding="utf-8")
+        # Prometheus is another user.
+        other.chmod(0o644)
         # Prometheus may read at any moment, and keeps what it had only where the file can't be parsed.
         os.replace(other, file)
     except OSError as error:

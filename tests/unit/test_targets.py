@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,20 @@ def test_the_real_network_is_asked_without_a_name_server() -> None:
     assert reachable_host("::", None, "::1") == socket.gethostname()
     # Names that can't be names fail before anything is sent.
     assert reachable_host("0.0.0.0", None, "a..b") == socket.gethostname()
+
+
+def test_users_who_share_the_runs_share_the_folder_and_others_may_read(tmp_path: Path) -> None:
+    shared = tmp_path / "runs"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    before = os.umask(0o077)
+    try:
+        write_targets(shared / "one", targets_of([("host", 9400)], run="one", tls=False))
+    finally:
+        os.umask(before)
+    file = targets_file(shared / "one")
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o1777 and stat.S_IMODE(file.stat().st_mode) == 0o644
+    # A folder that is there stays as somebody made it.
+    file.parent.chmod(0o755)
+    write_targets(shared / "two", [])
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o755
