@@ -80,7 +80,9 @@ def status(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs.")],
     watch: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="SECONDS", help="Look again and again, until the run has ended or Ctrl-C."),
+        typer.Option(
+            min=0.1, max=86_400, metavar="SECONDS", help="Look again and again, until the run has ended or Ctrl-C."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print all that is known as JSON, an object a look.")] = False,
     endpoints: Annotated[bool, typer.Option(help="Ask the ranks for their metrics.")] = True,

@@ -111,8 +111,16 @@ def clear_targets(folder: Path) -> None:
 def read_targets(folder: Path) -> list[dict[str, Any]]:
     """What the file holds, as :func:`targets_of` made it; without what isn't like that, and ``[]`` without a file."""
     try:
-        content = json.loads(targets_file(folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_targets(targets_file(folder).read_bytes())
+    except OSError:
+        return []
+
+
+def parse_targets(text: bytes) -> list[dict[str, Any]]:
+    """The targets in the text of such a file; without what isn't like that."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         return []
     return [entry for entry in content if _is_target(entry)] if isinstance(content, list) else []
 

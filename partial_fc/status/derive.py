@@ -78,7 +78,8 @@ def fill_figures(facts: Facts, journal: FollowedJournal, answers: Sequence[Answe
     if not lines:
         return
     last = lines[-1]
-    facts.phase_seconds = _numbers(last.get("phase_seconds"))
+    phases = _numbers(last.get("phase_seconds"))
+    facts.phase_seconds = {phase: seconds for phase, seconds in phases.items() if seconds >= 0}
     facts.learning_rate = _numbers(last.get("learning_rate"))
     facts.figures = _numbers({key: value for key, value in last.items() if key not in _NO_FIGURES})
     for answer in answers:
@@ -180,8 +181,8 @@ def _phases(answer: Answer, before: Answer | None) -> dict[str, float]:
             seconds = (total - (before.get("step_seconds_sum", phase) or 0.0)) / (count - earlier)
         else:
             seconds = total / count if count else 0.0
-        if count:
-            found[plain(phase, 60)] = max(seconds, 0.0)
+        if count and (known := number(seconds)) is not None:
+            found[plain(phase, 60)] = max(known, 0.0)
     return found
 
 
@@ -252,7 +253,7 @@ def _life(
         return "running", asked
     if holder is not None:
         return "running", f"process {holder} of this machine writes it; {asked}"
-    if said and facts.updated is not None and now - facts.updated < quiet:
+    if said and facts.updated is not None and -quiet < now - facts.updated < quiet:
         return "running", asked
     return "silent" if said else "unknown", asked
 
@@ -276,7 +277,7 @@ def fill_speed(facts: Facts, lines: Sequence[Mapping[str, Any]], now: float) -> 
     if last["step"] > first["step"] and end > begin:
         facts.seconds_a_step = (end - begin) / (last["step"] - first["step"])
     elif facts.images_per_second and facts.batch_size:
-        facts.seconds_a_step = facts.batch_size / facts.images_per_second
+        facts.seconds_a_step = number(facts.batch_size / facts.images_per_second)
     if facts.seconds_a_step is None or facts.step is None or facts.planned_steps is None:
         return
     if facts.state in ("running", "resume"):

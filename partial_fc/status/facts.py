@@ -173,7 +173,7 @@ class Facts:
             to run, and nothing shows that it lives), ``stalled`` (it lives and makes no progress), ``unknown``.
         exit_code: of the command for this state.
         reason: why it failed.
-        updated: when the run last wrote something.
+        updated: when the run last wrote something, by its clock.
         signs: what shows that it lives, or that nothing does, in words.
         step: steps done.
         planned_steps: steps of the whole run.

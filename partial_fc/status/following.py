@@ -7,8 +7,10 @@ half a gigabyte takes a second or two. Which lines are in effect is the same as 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections import deque
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -23,6 +25,29 @@ _BLOCK = 1 << 22
 _LONGEST = 1 << 24
 # As the journal writes it; others are parsed.
 _OF_A_STEP = re.compile(rb'\{"kind": "train", "step": (\d{1,18})[,}]')
+
+
+def open_file(path: str | Path, *, follow: bool = True) -> IO[bytes]:
+    """Open a file of others: whatever lies there, this neither waits nor opens a device.
+
+    Args:
+        path: the file.
+        follow: whether it may be a link; the folders on the way may be links in any case.
+
+    Raises:
+        OSError: it isn't there, can't be read, or is no regular file.
+    """
+    # A pipe's open would wait for a writer.
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    )
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 class _Kept(NamedTuple):
@@ -75,7 +100,7 @@ class FollowedJournal:
         Raises:
             OSError: it can't be read; what was read before stays.
         """
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             self._read(file)
 
     def _read(self, file: IO[bytes]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -26,17 +28,17 @@ from partial_fc.status.derive import (
     quiet_limit,
 )
 from partial_fc.status.facts import Commits, Facts, Waiting
-from partial_fc.status.following import FollowedJournal
+from partial_fc.status.following import FollowedJournal, open_file
 from partial_fc.status.life import lock_holder
 from partial_fc.status.scrape import ALL_SECONDS, CONNECT_SECONDS, Answer, read_access, scrape
-from partial_fc.status.words import number, plain, whole
-from partial_fc.targets import read_targets, targets_file
+from partial_fc.status.words import moment, number, plain, whole
+from partial_fc.targets import parse_targets, targets_file
 
 STATUS, JOURNAL, CONFIG = "status.json", "metrics.jsonl", "config.yaml"
 # A process that started so long after the file of targets was written isn't one of that start; clocks differ.
 _LATER_SECONDS = 30.0
 _MOST_TARGETS = 4096
-_CONFIG_BYTES = 1 << 20
+_CONFIG_BYTES, _TARGETS_BYTES, _MARKER_BYTES = 1 << 20, 1 << 22, 1 << 26
 # Of a journal, where only a line is wanted of a run.
 _BRIEF_BYTES = 1 << 18
 _STACK_FILES, _STACK_BYTES = 8, 1 << 18
@@ -62,10 +64,12 @@ class RunReader:
         self._folder, self._endpoints, self._brief = folder, endpoints, brief
         self._journal = FollowedJournal(folder / JOURNAL, _BRIEF_BYTES if brief else None)
         self._before: dict[int, Answer] = {}
+        self._owners: dict[str, int] = {}
 
     def read(self) -> Facts:
         """All that is known now."""
         facts = Facts(str(self._folder))
+        self._owners = {}
         status, config = self._read_status(facts), self._read_config(facts)
         try:
             self._journal.refresh()
@@ -81,28 +85,28 @@ class RunReader:
         fill_faults(facts, self._journal, answers, [] if self._brief else _waiting(self._folder))
         fill_ranks(facts, answers, self._before)
         self._before = {answer.rank: answer for answer in answers if answer.values is not None}
-        facts.updated = _updated(self._folder, status)
         quiet = quiet_limit(facts, lines)
+        facts.updated = _updated(facts, status, now + quiet)
         fill_state(facts, status, quiet, answers, lock_holder(self._folder), now)
         fill_speed(facts, lines, now)
         return facts
 
     def _read_status(self, facts: Facts) -> dict[str, Any]:
         try:
-            status = read_status(self._folder)
+            # What is no regular file could be waited for without end.
+            status = read_status(self._folder) if (self._folder / STATUS).is_file() else None
         except RecursionError:  # brackets without end
             status = None
         if status is None:
-            there = (self._folder / STATUS).exists()
+            there = os.path.lexists(self._folder / STATUS)
             facts.notes.append(f"{STATUS} {'holds no status' if there else 'is missing'}")
         return status or {}
 
     def _read_config(self, facts: Facts) -> dict[str, Any]:
         try:
-            with (self._folder / CONFIG).open("rb") as file:
-                content = yaml.safe_load(file.read(_CONFIG_BYTES))
+            content = yaml.safe_load(self._read_own(self._folder / CONFIG, CONFIG, _CONFIG_BYTES)[0])
         except OSError as error:
-            facts.notes.append(f"{CONFIG} can't be read ({error.strerror})")
+            facts.notes.append(f"{CONFIG} can't be read ({_why(error)})")
             return {}
         except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError):
             content = None
@@ -111,40 +115,73 @@ class RunReader:
             return {}
         return content
 
+    def _read_own(self, path: Path, name: str, most: int) -> tuple[bytes, float]:
+        """The content of a file that says whom a secret is sent, and when it was written; its owner is noted.
+
+        Raises:
+            OSError: it can't be read, or is a link: that may lead to the file of another.
+        """
+        with open_file(path, follow=False) as file:
+            state = os.fstat(file.fileno())
+            self._owners[name] = state.st_uid
+            return file.read(most), state.st_mtime
+
     def _ask(self, facts: Facts, config: Mapping[str, Any]) -> list[Answer]:
-        targets = read_targets(self._folder)[:_MOST_TARGETS]
+        file = targets_file(self._folder)
+        name = plain(f"{file.parent.name}/{file.name}")
+        try:
+            content, written = self._read_own(file, name, _TARGETS_BYTES)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            facts.notes.append(f"{name} can't be read ({_why(error)}): no rank is asked")
+            return []
+        targets = parse_targets(content)[:_MOST_TARGETS]
         if self._brief:
             targets = [target for target in targets if target["labels"]["rank"] == "0"][:1]
         if not targets:
             return []
-        access = read_access(config.get("metrics"), self._folder / CONFIG)
+        access = read_access(config.get("metrics"), self._owners)
         answers = scrape(targets, access, CONNECT_SECONDS if self._brief else ALL_SECONDS)
-        written = _modified(targets_file(self._folder))
         answers = [_of_this_start(answer, written) for answer in answers]
         if access.problem is not None and any(answer.values is None for answer in answers):
             facts.notes.append(plain(access.problem))
         return answers
 
 
-def _of_this_start(answer: Answer, written: float | None) -> Answer:
+def _why(error: OSError) -> str:
+    return "it is a link" if error.errno == errno.ELOOP else error.strerror or type(error).__name__
+
+
+def _of_this_start(answer: Answer, written: float) -> Answer:
     """The answer, unless another run's process gave it: ports are used again."""
     if answer.values is None:
         return answer
     began, rank = answer.get("process_start_time_seconds"), answer.get("rank")
-    later = began is not None and written is not None and began > written + _LATER_SECONDS
+    later = began is not None and began > written + _LATER_SECONDS
     if later or (rank is not None and answer.rank not in (-1, rank)):
         return Answer(answer.rank, answer.address, None, "a process of another run answers there")
     return answer
 
 
-def _updated(folder: Path, status: Mapping[str, Any]) -> float | None:
-    """When a run last wrote something."""
-    times = []
+def _updated(facts: Facts, status: Mapping[str, Any], latest: float) -> float | None:
+    """When a run last wrote something.
+
+    Args:
+        facts: of the run; gets a note of a time that can't be.
+        status: ``status.json``.
+        latest: a time beyond is to come by any clock, and counts only where there is no other.
+    """
+    times: dict[str, float | None] = {}
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        times.append(datetime.fromisoformat(status["updated"]).timestamp() if "updated" in status else None)
+        times[STATUS] = datetime.fromisoformat(status["updated"]).timestamp() if "updated" in status else None
     if status.get("state", "running") == "running":
-        times.append(_modified(folder / JOURNAL))
-    return max((found for found in times if found is not None), default=None)
+        times[JOURNAL] = _modified(Path(facts.folder) / JOURNAL)
+    known = {name: found for name, found in times.items() if found is not None}
+    for name, found in known.items():
+        if found > latest:
+            facts.notes.append(f"{name} is of a time to come, {moment(found, latest)}: is a clock wrong?")
+    return max((found for found in known.values() if found <= latest), default=max(known.values(), default=None))
 
 
 def _modified(path: Path) -> float | None:
@@ -173,8 +210,9 @@ def _commits(folder: Path, journal: FollowedJournal, answers: Sequence[Answer]) 
 
 def _size(marker: Path) -> int | None:
     try:
-        files = json.loads(marker.read_bytes())["files"].values()
-        return sum(whole(file["size"]) or 0 for file in files)
+        with open_file(marker) as file:
+            files = json.loads(file.read(_MARKER_BYTES))["files"].values()
+        return sum(whole(one["size"]) or 0 for one in files)
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return None
 
@@ -186,7 +224,7 @@ def _waiting(folder: Path) -> list[Waiting]:
     for _, path in sorted(paths, reverse=True)[:_STACK_FILES]:
         name = _STACK_NAME.fullmatch(path.name)
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 file.seek(max(0, file.seek(0, 2) - _STACK_BYTES))
                 heads = _STACK_HEAD.findall(file.read().decode("utf-8", errors="replace"))
         except OSError:

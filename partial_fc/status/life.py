@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
 
+from partial_fc.status.following import open_file
+
 _HOLDER = re.compile(r"host (\S+), pid (\d+)\s*")
+_LOCK_BYTES = 4096
 _LOCKS = Path("/proc/locks")
 
 
@@ -22,8 +26,10 @@ def lock_holder(folder: Path, locks: Path = _LOCKS) -> int | None:
     """
     file = folder / ".lock"
     try:
-        said = _HOLDER.fullmatch(file.read_text(encoding="utf-8", errors="replace"))
-        inode, listed = file.stat().st_ino, locks.read_text(encoding="utf-8", errors="replace")
+        with open_file(file) as opened:
+            said = _HOLDER.fullmatch(opened.read(_LOCK_BYTES).decode("utf-8", errors="replace"))
+            inode = os.fstat(opened.fileno()).st_ino
+        listed = locks.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     if said is None or said[1] != socket.gethostname():

@@ -9,24 +9,26 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import math
 import os
 import queue
+import re
 import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from partial_fc.status.words import plain
+from partial_fc.status.following import open_file
+from partial_fc.status.words import number, plain
 
 CONNECT_SECONDS = 2.0
 ALL_SECONDS = 6.0
 _THREADS = 64
 _MOST_BYTES = 1 << 23
+_PEM_BYTES = 1 << 20
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _PREFIX = "partial_fc_"
 
 # By a metric's name without its prefix, and the value of its label beside `le` ("" where it has none).
@@ -69,23 +71,23 @@ class Answer(NamedTuple):
     def get(self, name: str, label: str = "") -> float | None:
         """A value; None where it isn't there or isn't known yet."""
         value = (self.values or {}).get((name, label))
-        return None if value is None or not math.isfinite(value) else value
+        return number(value)
 
     def by_label(self, name: str) -> dict[str, float]:
         """The known values of a metric by its label."""
         values = self.values or {}
-        return {label: value for (of, label), value in values.items() if of == name and math.isfinite(value)}
+        return {label: value for (of, label), value in values.items() if of == name and number(value) is not None}
 
 
-def read_access(section: Any, config: Path) -> Access:
+def read_access(section: Any, owners: Mapping[str, int]) -> Access:
     """What ``config.yaml``'s section ``metrics`` says of how the endpoints are read.
 
-    A file with a secret is used only where the owner of ``config.yaml`` is the one who asks, or owns that file as well:
-    nobody shall have the secrets of others sent to a port of his by a folder that he made.
+    A file with a secret is used only where each file that leads to it, or says whom it is sent, belongs to the one who
+    asks or to the owner of the secret: nobody shall have the secrets of others sent to a port of his.
 
     Args:
         section: the section, of whatever type it is.
-        config: the file that it is from.
+        owners: users' numbers by the names of these files, of the very files that were read.
     """
     if not isinstance(section, Mapping):
         return Access()
@@ -94,7 +96,7 @@ def read_access(section: Any, config: Path) -> Access:
     problems, password = [], None
     if key is not None and text.get("tls_client_ca") is not None:
         try:
-            with _own(key, config):
+            with _own(key, owners):
                 pass
         except (OSError, ValueError) as error:
             problems.append(f"metrics.tls_key isn't used: {_reason(error)}")
@@ -103,23 +105,25 @@ def read_access(section: Any, config: Path) -> Access:
         key = None
     if user is not None and (file := text.get("password_file")) is not None:
         try:
-            with _own(file, config) as opened:
+            with _own(file, owners) as opened:
                 password = opened.readline(4096).decode().rstrip("\r\n")
         except (OSError, ValueError) as error:
             problems.append(f"metrics.password_file isn't used: {_reason(error)}")
     return Access(certificate, key, user, password, "; ".join(problems) or None)
 
 
-def _own(file: str, config: Path) -> IO[bytes]:
+def _own(file: str, owners: Mapping[str, int]) -> IO[bytes]:
     """Open a file with a secret.
 
     Raises:
-        PermissionError: ``config.yaml`` has no right to it.
+        PermissionError: one of those who lead to it has no right to it.
     """
-    opened = open(file, "rb")  # noqa: SIM115
+    opened = open_file(file)
     try:
-        if config.stat().st_uid not in (os.geteuid(), os.fstat(opened.fileno()).st_uid):
-            raise PermissionError(f"{config.name} belongs to another user, who doesn't own that file")
+        entitled = os.geteuid(), os.fstat(opened.fileno()).st_uid
+        for name, owner in owners.items():
+            if owner not in entitled:
+                raise PermissionError(f"{name} belongs to another user, who doesn't own that file")
     except OSError:
         opened.close()
         raise
@@ -138,8 +142,8 @@ def scrape(targets: Sequence[Mapping[str, Any]], access: Access, seconds: float 
         By rank, one answer for each target.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(targets)):
-        waiting.put(number)
+    for place in range(len(targets)):
+        waiting.put(place)
     deadline = time.monotonic() + seconds
     done: dict[int, Answer] = {}
     ended = threading.Semaphore(0)
@@ -148,8 +152,8 @@ def scrape(targets: Sequence[Mapping[str, Any]], access: Access, seconds: float 
     def work() -> None:
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
-                number = waiting.get_nowait()
-                done[number] = _ask(targets[number], access, contexts, deadline)
+                place = waiting.get_nowait()
+                done[place] = _ask(targets[place], access, contexts, deadline)
         ended.release()
 
     # Daemons: one that hangs in a name's resolution shall not keep the program from ending.
@@ -159,8 +163,8 @@ def scrape(targets: Sequence[Mapping[str, Any]], access: Access, seconds: float 
     for _ in range(threads):
         ended.acquire(timeout=max(0.0, deadline - time.monotonic()))
     answers = [
-        done.get(number) or Answer(_rank(target), _address(target), None, f"no answer in {seconds:g} s")
-        for number, target in enumerate(targets)
+        done.get(place) or Answer(_rank(target), _address(target), None, f"no answer in {seconds:g} s")
+        for place, target in enumerate(targets)
     ]
     return sorted(answers, key=lambda answer: answer.rank)
 
@@ -184,7 +188,7 @@ class _Contexts:
                         # Whoever has its key is the run; under which name it is reached doesn't matter then.
                         pinned.check_hostname = False
                         pinned.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-                        pinned.load_verify_locations(self._access.certificate)
+                        pinned.load_verify_locations(cadata=_first_certificate(self._access.certificate))
                         self._made.append(self._with_own(pinned))
                 self._made.append(self._with_own(ssl.create_default_context()))
             return self._made
@@ -195,6 +199,20 @@ class _Contexts:
             with contextlib.suppress(OSError, ValueError):
                 context.load_cert_chain(self._access.certificate, self._access.key, password="")
         return context
+
+
+def _first_certificate(file: str) -> str:
+    """The endpoint's own one: what follows are authorities, who may have signed others too.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it holds none.
+    """
+    with open_file(file) as opened:
+        found = _CERTIFICATE.search(opened.read(_PEM_BYTES))
+    if found is None:
+        raise ValueError("no certificate")
+    return found[0].decode("ascii")
 
 
 def _ask(target: Mapping[str, Any], access: Access, contexts: _Contexts, deadline: float) -> Answer:
@@ -215,15 +233,16 @@ def _ask(target: Mapping[str, Any], access: Access, contexts: _Contexts, deadlin
 
 def _fetch(target: Mapping[str, Any], access: Access, contexts: _Contexts, deadline: float) -> tuple[int, bytes]:
     host, _, port = target["targets"][0].rpartition(":")
-    host, number = host.strip("[]"), int(port)
-    if not host or not 0 < number < 65536:
+    host, at = host.strip("[]"), int(port)
+    if not host or not 0 < at < 65536:
         raise ValueError(f"expected host:port, got {target['targets'][0]!r}")
-    if target["labels"].get("__scheme__") != "https":
-        return _get(http.client.HTTPConnection(host, number, timeout=CONNECT_SECONDS), access, deadline)
+    # What is to be encrypted is, whatever the file of targets says.
+    if access.certificate is None and target["labels"].get("__scheme__") != "https":
+        return _get(http.client.HTTPConnection(host, at, timeout=CONNECT_SECONDS), access, deadline)
     refused: ssl.SSLCertVerificationError | None = None
     for context in contexts.all():
         try:
-            connection = http.client.HTTPSConnection(host, number, timeout=CONNECT_SECONDS, context=context)
+            connection = http.client.HTTPSConnection(host, at, timeout=CONNECT_SECONDS, context=context)
             return _get(connection, access, deadline)
         except ssl.SSLCertVerificationError as error:
             refused = error

@@ -168,13 +168,14 @@ def silent_ranks(facts: Facts) -> Iterator[Text]:
         yield Text(f"{ranks(silent)}: {reason}", style="red")
 
 
-def draw_runs(runs: Sequence[Facts], now: float, screen: Screen) -> RenderableType:
+def draw_runs(runs: Sequence[Facts], now: float, screen: Screen, older: int = 0) -> RenderableType:
     """Several runs, a line each.
 
     Args:
         runs: their facts, in the order of the lines.
         now: Unix time.
         screen: what it is drawn on.
+        older: number of runs that are there and aren't among these.
     """
     table = _table(screen)
     table.add_column("run", overflow="fold")
@@ -193,4 +194,7 @@ def draw_runs(runs: Sequence[Facts], now: float, screen: Screen) -> RenderableTy
             "-" if facts.loss.last is None else figure(facts.loss.last),
             "-" if facts.updated is None else since(facts.updated, now),
         )
-    return table
+    if not older:
+        return table
+    words = "older run isn't" if older == 1 else "older runs aren't"
+    return Group(table, Text(f"{older:,} {words} shown", style="dim"))

@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_LARGEST = 1e100
+_LONGEST = 1e11  # seconds
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "_.-=+*%#"
 
@@ -32,14 +34,15 @@ def _harmless(sign: str) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
+    """A number that can be reckoned with; None for anything else, and beyond 1e100, where sums and ratios overflow."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         converted = float(value)
     except OverflowError:
         return None
-    return converted if math.isfinite(converted) else None
+    # NaN compares with nothing.
+    return converted if abs(converted) <= _LARGEST else None
 
 
 def whole(value: Any) -> int | None:
@@ -50,6 +53,8 @@ def whole(value: Any) -> int | None:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: ``340 ms``, ``3.2 s``, ``45 s``, ``12 min``, ``5 h 12 min``, ``3 d 4 h``."""
+    if not seconds < _LONGEST:
+        return "over 3,000 years"
     seconds = max(seconds, 0.0)
     if seconds < 0.9995:
         return f"{1000 * seconds:.3g} ms"
@@ -83,7 +88,9 @@ def ago(when: float, now: float) -> str:
 
 
 def since(when: float, now: float) -> str:
-    """How long ago a time is; clocks of other machines may say that it's still to come."""
+    """How long ago a time is. By the clocks of other machines it may be still to come: a minute of that is now."""
+    if when - now >= 60:
+        return f"{duration(when - now)} ahead of this clock"
     return "just now" if now - when < 0.95 else f"{duration(now - when)} ago"
 
 

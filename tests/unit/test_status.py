@@ -182,6 +182,60 @@ def test_how_long_it_may_be_quiet_follows_from_its_lines(tmp_path: Path) -> None
     assert read(make_run(tmp_path / "run", *map(train, (999, 1000)), seconds_ago=1000)).state == "silent"
 
 
+@pytest.mark.parametrize("what", ["both", "status.json", "metrics.jsonl"])
+def test_a_time_to_come_is_no_sign_of_life(tmp_path: Path, what: str) -> None:
+    run, day = make_run(tmp_path / "run", seconds_ago=1e6), 86_400.0
+    if what != "metrics.jsonl":
+        make_run(run, seconds_ago=-day)
+    if what != "both":
+        ahead = -day if what == "metrics.jsonl" else 1e6
+        os.utime(run / "metrics.jsonl", (time.time() - ahead,) * 2)
+    facts = read(run)
+    assert facts.state == "silent" and len(facts.notes) == (2 if what == "both" else 1)
+    assert all("is of a time to come" in note and "is a clock wrong?" in note for note in facts.notes)
+    assert ("ago" if what != "both" else "24 h 0 min ahead of this clock") in " ".join(drawn(facts).split())
+    # The other file tells.
+    if what == "status.json":
+        os.utime(run / "metrics.jsonl")
+        assert read(run).state == "running"
+    # Clocks differ by a little.
+    assert read(make_run(run, seconds_ago=-20)).state == "running" and read(run).notes == []
+
+
+NAMES = ["config.yaml", ".lock", "stacks-rank0.txt", "metrics.jsonl", "status.json", "targets"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
+    targets_file(run).parent.mkdir()
+    path = targets_file(run) if name == "targets" else run / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    facts = read(run)
+    quiet = name in (".lock", "stacks-rank0.txt")
+    expected = {"targets": "targets/run.json", "status.json": "status.json holds no status"}.get(name, name)
+    assert len(facts.notes) == (not quiet) and all(note.startswith(expected) for note in facts.notes)
+
+
+@pytest.mark.parametrize("value", [1.7e308, 1e100, -1e100])
+def test_figures_that_cant_be_add_up_to_no_trace(tmp_path: Path, value: float) -> None:
+    phases = {"a": value, "b": value, "c": 1e-300}
+    lines = [
+        train(step, phase_seconds=phases, learning_rate=phases, loss=value, seconds=value * step, **phases)
+        | {"samples_per_second": 1e-300, "samples": value}
+        for step in range(1, 41)
+    ]
+    run = make_run(tmp_path / "run", *lines, evaluation(40, value), steps=2**62)
+    facts = read(run)
+    for colour in (True, False):
+        drawn(facts, colour=colour)
+    assert (facts.phase_seconds.keys() >= {"a"}) == (value == 1e100)
+    json.dumps(dataclasses.asdict(facts), allow_nan=False)
+    shown(run.parent)
+
+
 def test_the_lock_is_a_sign_of_life_and_isnt_touched(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", seconds_ago=1e6)
     lock = run / ".lock"

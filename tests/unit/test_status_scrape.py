@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +22,10 @@ from partial_fc.metrics import TrainingMetrics
 from partial_fc.metrics_server import Tls
 from partial_fc.status import scrape as module
 from partial_fc.status.scrape import Access, Answer, parse_values, read_access, scrape
-from partial_fc.targets import targets_of
+from partial_fc.targets import targets_file, targets_of, write_targets
+from tests.made_runs import make_run, read
 from tests.needs import lacks
-from tests.pems import make_pair
+from tests.pems import Pair, make_pair
 
 
 @contextlib.contextmanager
@@ -185,8 +189,7 @@ SECTION = {"user": "me", "password_file": "", "tls_certificate": "cert.pem", "tl
 
 
 def test_access_comes_of_the_configuration(tmp_path: Path) -> None:
-    config, file = tmp_path / "config.yaml", tmp_path / "password"
-    config.touch()
+    file, config = tmp_path / "password", {"config.yaml": os.geteuid()}
     file.write_text("s\u00e9cret\r\nsecond line\n", encoding="utf-8")
     access = read_access({**SECTION, "password_file": str(file)}, config)
     assert access == Access("cert.pem", None, "me", "s\u00e9cret", None)
@@ -197,33 +200,147 @@ def test_access_comes_of_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", [None, [], "text", {"user": 3, "password_file": []}, {3: 4}])
-def test_a_section_of_another_kind_asks_for_nothing(tmp_path: Path, section: object) -> None:
-    assert read_access(section, tmp_path / "config.yaml") == Access()
+def test_a_section_of_another_kind_asks_for_nothing(section: object) -> None:
+    assert read_access(section, {}) == Access()
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "no such file or directory"), (b"\xff\n", "can't decode byte"), ("\0", "null byte")]
+    ("content", "reason"),
+    [(None, "no such file or directory"), (b"\xff\n", "can't decode byte"), ("\0", "null byte"), ("/", "regular")],
 )
 def test_a_password_that_cant_be_read_is_a_problem(tmp_path: Path, content: bytes | str | None, reason: str) -> None:
-    (tmp_path / "config.yaml").touch()
-    file = str(tmp_path / "password") + (content if isinstance(content, str) else "")
+    file = str(tmp_path if content == "/" else tmp_path / "password") + (content if isinstance(content, str) else "")
     if isinstance(content, bytes):
         Path(file).write_bytes(content)
-    access = read_access({**SECTION, "password_file": file}, tmp_path / "config.yaml")
+    access = read_access({**SECTION, "password_file": file}, {"config.yaml": os.geteuid()})
     assert access.password is None
     assert (access.problem or "").startswith("metrics.password_file isn't used: ") and reason in (access.problem or "")
 
 
-def test_nobody_has_the_secrets_of_others_sent_to_a_port_of_his(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        lacks("root", "files of another user can't be made")
-    config, file = tmp_path / "config.yaml", tmp_path / "password"
-    config.touch()
+def test_a_pipe_in_a_secrets_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "password")
+    access = read_access({**SECTION, "password_file": str(tmp_path / "password")}, {"config.yaml": os.geteuid()})
+    assert access.password is None and "no regular file" in (access.problem or "")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "targets/run.json"])
+def test_nobody_has_the_secrets_of_others_sent_to_a_port_of_his(tmp_path: Path, name: str) -> None:
+    need_root()
+    file = tmp_path / "password"
     file.write_text("mine\n")
     section = {**SECTION, "password_file": str(file), "tls_key": str(file), "tls_client_ca": "ca.pem"}
-    os.chown(config, 12345, -1)
-    access = read_access(section, config)
+    owners = {"config.yaml": os.geteuid(), "targets/run.json": os.geteuid()}
+    assert read_access(section, owners).password == "mine"
+    owners[name] = 12345
+    access = read_access(section, owners)
     assert access.password is None and access.key is None
-    assert (access.problem or "").count("belongs to another user") == 2
+    assert (access.problem or "").count(f"{name} belongs to another user") == 2
     os.chown(file, 12345, -1)
-    assert read_access(section, config).password == "mine", "the other's own file"
+    assert read_access(section, owners).password == "mine", "the other's own file"
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[int, list[bytes]]]:
+    """Somebody who notes what he is told; his port, and that."""
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client, contextlib.suppress(OSError):
+                        heard.append(client.recv(1 << 16))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1], heard
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+
+
+def run_with_password(folder: Path, port: int, **metrics: Any) -> Path:
+    """A run whose rank 0 is said to be at a port."""
+    run = make_run(folder)
+    (folder.parent / "password").write_text("secret\n")
+    section = {"user": "me", "password_file": str(folder.parent / "password"), **metrics}
+    (run / "config.yaml").write_text(yaml.safe_dump({"metrics": section}))
+    write_targets(run, at(port))
+    return run
+
+
+TOKEN = base64.b64encode(b"me:secret")
+
+
+def test_a_password_goes_to_the_runs_own_ports(tmp_path: Path) -> None:
+    with listening() as (port, heard):
+        read(run_with_password(tmp_path / "run", port))
+    assert TOKEN in heard[0]
+
+
+def test_a_foreign_folder_with_links_to_a_victims_files_gets_no_password(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "his").mkdir()
+    with listening() as (port, heard):
+        mine = run_with_password(tmp_path / "mine" / "run", port)
+        his = run_with_password(tmp_path / "his" / "run", port)
+        (his / "config.yaml").unlink()
+        (his / "config.yaml").symlink_to(mine / "config.yaml")
+        notes = read(his).notes
+        assert "config.yaml can't be read (it is a link)" in notes
+        assert len(heard) == 1 and TOKEN not in heard[0]
+        # A link in the place of the targets leads nowhere.
+        targets_file(mine).unlink()
+        targets_file(mine).symlink_to(targets_file(his))
+        assert "targets/run.json can't be read (it is a link): no rank is asked" in read(mine).notes
+        assert len(heard) == 1
+
+
+@pytest.mark.parametrize("whose", ["config", "targets"])
+def test_a_file_of_another_user_gets_no_password(tmp_path: Path, whose: str) -> None:
+    need_root()
+    with listening() as (port, heard):
+        run = run_with_password(tmp_path / "run", port)
+        os.chown(run / "config.yaml" if whose == "config" else targets_file(run), 12345, -1)
+        facts = read(run)
+    assert len(heard) == 1 and b"GET" in heard[0] and TOKEN not in heard[0]
+    assert any("belongs to another user" in note for note in facts.notes)
+
+
+def test_a_run_with_a_certificate_is_asked_encrypted_whatever_the_targets_say(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "rank")
+    with listening() as (port, heard):
+        read(run_with_password(tmp_path / "run", port, tls_certificate=str(pair.certificate)))
+    assert heard and not [said for said in heard if b"GET" in said or TOKEN in said]
+
+
+def test_of_a_chain_only_the_first_certificate_is_the_runs(tmp_path: Path) -> None:
+    authority = make_pair(tmp_path, "authority")
+    run, other = (make_signed(tmp_path, name, authority) for name in ("run", "other"))
+    with rank(tls=Tls(str(run.certificate), str(run.key))) as port:
+        assert ask(port, Access(str(run.certificate)), tls=True).values is not None
+    with rank(tls=Tls(str(other.certificate), str(other.key))) as port:
+        answer = ask(port, Access(str(run.certificate)), tls=True)
+        assert answer.values is None and "isn't trusted" in (answer.problem or "")
+
+
+def make_signed(folder: Path, name: str, authority: Pair) -> Pair:
+    """A certificate with that of its authority behind it, under a name of its own."""
+    pair, request = Pair(folder / f"{name}.pem", folder / f"{name}.key"), folder / f"{name}.csr"
+    made = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    made += ["-subj", f"/CN={name}", "-keyout", str(pair.key), "-out", str(request)]
+    signed = ["openssl", "x509", "-req", "-in", str(request), "-CA", str(authority.certificate), "-CAkey"]
+    signed += [str(authority.key), "-CAcreateserial", "-days", "2", "-out", str(pair.certificate)]
+    for command in (made, signed):
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with pair.certificate.open("ab") as file:
+        file.write(authority.certificate.read_bytes())
+    pair.key.chmod(0o600)
+    return pair
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        lacks("root", "files of another user can't be made")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from partial_fc import status as status_module
 from partial_fc.cli import app
 from partial_fc.errors import PartialFCError
 from partial_fc.status import facts as facts_module
-from partial_fc.status import show_status
+from partial_fc.status import gather, show_status
 from partial_fc.status.facts import EXIT_CODES, Facts, Rank, Waiting
+from partial_fc.status.scrape import Answer
+from partial_fc.targets import targets_of, write_targets
 from tests.commands import Commands
 from tests.made_runs import drawn, evaluation, make_run, read, served, shown, train
 
@@ -214,6 +218,37 @@ def test_a_folder_of_runs_is_a_table_the_newest_first(tmp_path: Path) -> None:
     }
 
 
+def test_runs_beyond_the_most_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_module, "_MOST_RUNS", 3)
+    for number in range(3):
+        make_run(tmp_path / f"run{number}", state="finished")
+    assert "older" not in shown(tmp_path)[1] and json.loads(shown(tmp_path, as_json=True)[1])["older_runs"] == 0
+    for number in range(5):
+        os.utime(make_run(tmp_path / f"old{number}", state="finished") / "status.json", (1e9, 1e9))
+    assert shown(tmp_path)[1].splitlines()[-1] == "5 older runs aren't shown"
+    content = json.loads(shown(tmp_path, as_json=True)[1])
+    assert content["older_runs"] == 5 and {Path(run["folder"]).name for run in content["runs"]} == {
+        "run0",
+        "run1",
+        "run2",
+    }
+
+
+def test_runs_of_a_folder_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(6)
+
+    def scrape(targets: Any, *_: Any) -> list[Answer]:
+        # One after the other they would wait in vain.
+        together.wait(30)
+        return [Answer(0, "a:1", None, "no answer")]
+
+    monkeypatch.setattr(gather, "scrape", scrape)
+    for number in range(6):
+        run = make_run(tmp_path / f"run{number}")
+        write_targets(run, targets_of([("a", 1)], run=run.name, tls=False))
+    assert shown(tmp_path)[1].count("running") == 6
+
+
 def test_where_no_run_is_the_line_names_near_ones(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "glint_r100")
     with pytest.raises(PartialFCError, match=r"glint_r10: no run is there, .*near names: .*/glint_r100$"):
@@ -258,6 +293,24 @@ def test_a_person_ends_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert file.getvalue().count("\x1b[?25h") == file.getvalue().count("\x1b[?25l") == int(terminal), (
         "the cursor is back"
     )
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_ctrl_c_in_the_first_look_ends_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
+    def interrupted(self: object) -> Facts:
+        raise KeyboardInterrupt
+
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(gather.RunReader, "read", interrupted)
+    assert shown(run if single else tmp_path, watch=1.0) == (5 if single else 0, "")
+
+
+@pytest.mark.parametrize("seconds", ["inf", "1e30", "nan", "0", "-1"])
+def test_a_pause_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(PartialFCError, match=r"--watch .*: expected seconds, above 0 and up to 86,400"):
+        shown(run, watch=float(seconds))
+    assert Commands(app).call("status", run, "--watch", seconds).exit_code in (1, 2)
 
 
 def test_a_terminal_of_few_letters_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

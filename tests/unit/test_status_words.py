@@ -43,6 +43,8 @@ def test_what_steers_a_terminal_is_replaced_and_letters_stay() -> None:
         (18_730, "5 h 12 min"),
         (48 * 3600, "2 d 0 h"),
         (1e8, "1,157 d"),
+        (1e11, "over 3,000 years"),
+        (math.inf, "over 3,000 years"),
     ],
 )
 def test_durations(seconds: float, shown: str) -> None:
@@ -78,13 +80,14 @@ def test_times_are_local_with_the_day_where_it_is_another(monkeypatch: pytest.Mo
         assert ago(noon - 7200, noon) == "10:00, 2 h 0 min ago"
         assert moment(noon - 86_400, noon) == time.strftime("%Y-%m-%d 12:00", time.localtime(noon - 86_400))
         assert ago(noon + 5, noon) == "12:00:05, just now", "another machine's clock"
+        assert ago(noon + 7200, noon) == "14:00, 2 h 0 min ahead of this clock"
         assert moment(1e300, noon) == moment(math.nan, noon) == "an unknown time"
     finally:
         monkeypatch.undo()
         time.tzset()
 
 
-@pytest.mark.parametrize("value", [None, "3", True, [], math.nan, math.inf, 10**400])
+@pytest.mark.parametrize("value", [None, "3", True, [], math.nan, math.inf, 10**400, -1.7e308])
 def test_what_is_no_number(value: object) -> None:
     assert number(value) is None and whole(value) is None
 
