@@ -187,7 +187,8 @@ def draw(source: Source, title: str, output: Path) -> None:
             _lines(axes, curves, source.begin, stepped=plot.stepped)
         if plot.zero:
             axes.set_ylim(bottom=0)
-        if len(curves) > 1 or plot.stepped:
+        # A run that has no evaluation yet has no name to show, either.
+        if len(curves) > 1 or (curves and plot.stepped):
             axes.legend(fontsize=7, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("minutes")

@@ -3,16 +3,19 @@
 Exit code 0: it does. 1: it doesn't (the line says what it waits for), or nothing answers.
 
 ``HEALTH_URL`` is where to ask, ``http://127.0.0.1:9400/healthz`` unasked; with ``metrics.tls_certificate`` it starts
-with ``https``. ``HEALTH_CERTIFICATE`` is a PEM file with a client's certificate and key, for ``metrics.tls_client_ca``.
+with ``https``, with ``metrics.address=::1`` it is ``http://[::1]:9400/healthz``. ``HEALTH_CERTIFICATE`` is a PEM file
+with a client's certificate and key, for ``metrics.tls_client_ca``.
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import ssl
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
 URL = "http://127.0.0.1:9400/healthz"
 # Less than the time that the image's HEALTHCHECK gives, so that there is a line to read.
@@ -36,16 +39,22 @@ def ask(url: str, certificate: str | None) -> tuple[bool, str]:
     # No proxy stands between a container and itself, whatever the environment says.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
-        with opener.open(url, timeout=SECONDS) as answer:
-            return answer.status == 200, _line(answer.read(1000))
-    except urllib.error.HTTPError as error:
-        return False, f"{error.code}: {_line(error.read(1000))}"
+        with _open(opener, url) as answer:
+            code, line = answer.status, answer.read(1000).decode(errors="replace").strip()
     except (OSError, ValueError) as error:
         return False, f"{url} doesn't answer: {error}"
+    except http.client.HTTPException as error:
+        # What these say may be lines of another protocol; repr() makes one of them.
+        return False, f"{url} doesn't answer in HTTP: {error!r}"
+    return code == 200, line if code == 200 else f"{code}: {line}"
 
 
-def _line(body: bytes) -> str:
-    return body.decode(errors="replace").strip()
+def _open(opener: urllib.request.OpenerDirector, url: str) -> Any:
+    try:
+        return opener.open(url, timeout=SECONDS)
+    except urllib.error.HTTPError as answer:
+        # It has a status and a body, too.
+        return answer
 
 
 def main() -> None:

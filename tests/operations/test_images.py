@@ -15,15 +15,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client import CollectorRegistry
 
 from partial_fc.config import load_config
@@ -147,9 +150,51 @@ def test_what_an_image_installs_changes_with_what_it_needs_only() -> None:
         sort(pyproject.replace("line-length", "line-width"), constraints.replace("pytest==", "pytest==1"), ["plot"])
         == files
     )
-    # Another pydantic: torch stays.
+    # Another pydantic: torch stays, and so does what builds the package.
     other = sort(pyproject, constraints.replace("pydantic==", "pydantic==1"), ["plot"])
-    assert other["torch.txt"] == files["torch.txt"] and other["constraints.txt"] != files["constraints.txt"]
+    assert [name for name in files if other[name] != files[name]] == ["constraints.txt"]
+
+
+def test_all_that_an_image_installs_is_pinned() -> None:
+    pytest.importorskip("tomllib", reason="Python 3.11 has it; the image's is 3.11")
+    requirements = script("requirements")
+    pyproject, constraints = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "constraints.txt")
+    ]
+    files = requirements.sort(pyproject, constraints, ["dali-cuda130", "plot"])
+    for kind, wanted in (("build-", files["build.txt"]), ("torch-", files["torch.txt"]), ("", files["others.txt"])):
+        pins = files[f"{kind}constraints.txt"]
+        assert all(re.match(r"[\w.-]+==[\w.!]+(; python_version >= \"3\.11\")?$", pin) for pin in pins), kind
+        names = [canonicalize_name(Requirement(pin).name) for pin in pins]
+        assert len(names) == len(set(names)), f"{kind}constraints.txt has a name twice"
+        first = {canonicalize_name(Requirement(line).name) for line in files["torch.txt"]}
+        assert floating(wanted) - {*names, *first} == set(), f"{kind}constraints.txt lacks pins"
+    # The list of what is in torch's layer is complete, with what only builds for CUDA need.
+    cuda = {"cuda-bindings", "cuda-pathfinder", "nvidia-nvjitlink", "triton"}
+    assert requirements.NEEDED_BY_TORCH - cuda == floating(["torch"]) - {"torch"} - cuda
+    pinned = {canonicalize_name(Requirement(pin).name) for pin in files["torch-constraints.txt"]}
+    assert pinned == requirements.NEEDED_BY_TORCH
+
+
+def floating(wanted: list[str]) -> set[str]:
+    """What requirements bring here, themselves included, unless who needs it names one version."""
+    found: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    ahead = [Requirement(line) for line in wanted]
+    while ahead:
+        needed = ahead.pop()
+        name = canonicalize_name(needed.name)
+        if not any(clause.operator == "==" for clause in needed.specifier):
+            found.add(name)
+        # An extra brings what the package alone doesn't.
+        for extra in {"", *needed.extras} - {extra for of, extra in seen if of == name}:
+            seen.add((name, extra))
+            ahead += [
+                of_it
+                for of_it in map(Requirement, requires(name) or [])
+                if of_it.marker is None or of_it.marker.evaluate({"extra": extra})
+            ]
+    return found
 
 
 def test_requirements_that_cannot_be_are_refused() -> None:
@@ -218,8 +263,57 @@ def test_health_check_where_nothing_answers() -> None:
         unused.bind(("127.0.0.1", 0))
         code, line = health(f"http://127.0.0.1:{unused.getsockname()[1]}/healthz")
     assert code == 1 and "doesn't answer" in line and "refused" in line
-    code, line = health("nonsense")
-    assert code == 1 and "nonsense" in line
+    for url in ("nonsense", "http://127.0.0.1:port/healthz"):
+        code, line = health(url)
+        assert code == 1 and url in line
+
+
+def test_health_check_of_a_port_that_speaks_something_else() -> None:
+    # A greeting, an answer that breaks off within its chunks, and no answer at all.
+    broken = b"HTTP/1.1 %s\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nok"
+    for said, told in (
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH-2.0"),
+        (broken % b"200 OK", "IncompleteRead"),
+        (broken % b"503 No", "IncompleteRead"),
+        (b"", "closed"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(60)
+            answering = threading.Thread(target=_answer, args=(listener, said))
+            answering.start()
+            code, line = health(f"http://127.0.0.1:{listener.getsockname()[1]}/healthz")
+            answering.join()
+        assert code == 1 and "doesn't answer" in line and told in line and line.count("\n") == 1, line
+
+
+def _answer(listener: socket.socket, said: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        # The question is read, so that closing isn't a reset.
+        connection.recv(65536)
+        connection.sendall(said)
+
+
+def test_demonstration_data_that_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = script("demo_data").main
+
+    def draw(*arguments: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["demo_data.py", *map(str, arguments)])
+        main()
+
+    for arguments in ((), (tmp_path, "more")):
+        with pytest.raises(SystemExit, match=f"^error: got {len(arguments)} arguments, expected one, .* FOLDER$"):
+            draw(*arguments)
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"^error: can't write a data set to {tmp_path}/file/demo: "):
+        draw(tmp_path / "file" / "demo")
+    capsys.readouterr()
+    # One that is there stays.
+    (tmp_path / "train.idx").write_text("", encoding="utf-8")
+    draw(tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path} holds a data set already\n"
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +439,19 @@ def test_image_holds_what_it_should_and_no_more(images: Images) -> None:
     # Nothing of the program is its user's to change; runs and data are.
     writable = within("find", "/opt", "/usr", "/runs", "/data", "-type", "d", "-writable")
     assert writable.split() == ["/runs", "/data"]
+    # Packages have the versions of constraints.txt, all of them. A build of torch's adds its name to the version.
+    program = (
+        "from importlib.metadata import distributions as all; "
+        "print(*(f'{one.name}=={one.version}'.partition('+')[0] for one in all()))"
+    )
+    versions = {canonicalize_name(word.partition("==")[0]): word for word in within("python", "-c", program).split()}
+    assert len(versions) > 20 and versions.pop("partial-fc")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.partition(";")[0].partition("==") for line in lines if "==" in line and not line.startswith("#")]
+    pinned = {canonicalize_name(name): pin for name, _, pin in pins}
+    assert {name: word.partition("==")[2] for name, word in versions.items()} == {
+        name: pinned.get(name) for name in versions
+    }
     # Kernels can be compiled, without a name or a home.
     program = "from partial_fc.kernels.compiled import works; print('works', works('cpu'))"
     assert "works True" in within("python", "-c", program)
