@@ -66,8 +66,11 @@ class Status:
     def tell(self, state: str) -> None:
         """Tell the launcher of this machine only."""
         if self._outcome:
+            # Beside it first: on a disk that is full an empty file would take the place of what was told before.
+            new = Path(f"{self._outcome}.new")
             try:
-                Path(self._outcome).write_text(f"{state}\n", encoding="utf-8")
+                new.write_text(f"{state}\n", encoding="utf-8")
+                os.replace(new, self._outcome)
             except OSError as error:
                 _log.warning("%s can't be written (%s): the launcher won't know the outcome", self._outcome, error)
 

@@ -26,6 +26,8 @@ REQUEUE_SECONDS = 5
 # States in which a job stays.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 _START = 60.0
+# Jobs ends what is left by SIGABRT, and the daemons would leave their memory in a file.
+_NO_CORE = ("prlimit", "--core=0:0")
 _CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={controller}({address})
@@ -104,10 +106,12 @@ class Cluster:
         self._jobs.start("munged", munged)
         self._jobs.wait_until((folder / "munge.socket").exists, "munged to listen", _START)
         environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._jobs.start("slurmctld", ["slurmctld", "-D", "-c"], environment, controller.command)
+        self._jobs.start("slurmctld", [*_NO_CORE, "slurmctld", "-D", "-c"], environment, controller.command)
         for node in self._nodes:
             (folder / f"spool-{node.host}").mkdir()
-            self._jobs.start(f"slurmd {node.host}", ["slurmd", "-D", "-N", node.host], environment, node.command)
+            self._jobs.start(
+                f"slurmd {node.host}", [*_NO_CORE, "slurmd", "-D", "-N", node.host], environment, node.command
+            )
         self._jobs.wait_until(self.is_idle, "all nodes of the cluster to be idle", _START)
 
     def is_idle(self) -> bool:

@@ -226,7 +226,10 @@ def faults(workload: Manifest, others: list[Manifest]) -> list[str]:
     checks["metrics are served to others, at the pod's address"] = (
         arguments["metrics.address"] == "0.0.0.0" and arguments["metrics.advertise"] == "$(POD_IP)"
     )
-    file = Path(container["command"][0].replace(IN_IMAGE, str(ROOT)))
+    *first, command = container["command"]
+    # What buries the dead, and passes signals on: the entry point of the image, which a command takes the place of.
+    checks["the first process is an init"] = first == ["tini", "--"]
+    file = Path(command.replace(IN_IMAGE, str(ROOT)))
     checks["the command is there"] = file.is_relative_to(ROOT) and os.access(file, os.X_OK)
     checks["the configuration is there"] = (ROOT / container["args"][0]).is_file()
     return [check for check, holds in checks.items() if not holds]
@@ -255,7 +258,8 @@ POD = "spec.template.spec"
         (f"{POD}.volumes.0.persistentVolumeClaim.claimName", "runs", "the claims exist"),
         (f"{POD}.containers.0.resources.limits", {"nvidia.com/gpu": "4"}, "a metrics port a GPU"),
         (f"{POD}.containers.0.livenessProbe", {"httpGet": {"path": "/", "port": 9400}}, "no liveness probe"),
-        (f"{POD}.containers.0.command", [f"{IN_IMAGE}/launch/pod.sh"], "the command is there"),
+        (f"{POD}.containers.0.command", ["tini", "--", f"{IN_IMAGE}/launch/pod.sh"], "the command is there"),
+        (f"{POD}.containers.0.command", [f"{IN_IMAGE}/launch/kubernetes/pod.sh"], "the first process is an init"),
         (f"{POD}.containers.0.args.0", "configs/glint.yaml", "the configuration is there"),
     ],
 )
@@ -374,7 +378,8 @@ class Pod:
             value = given[entry["valueFrom"]["fieldRef"]["fieldPath"]] if "valueFrom" in entry else entry["value"]
             self.environment[entry["name"]] = self._expand(value)
         self._folders = {IN_IMAGE: ROOT, **folders}
-        self.command = [self._place(self._expand(word)) for word in container["command"]]
+        # Without the init, which is the image's: here it's no container's first process.
+        self.command = [self._place(self._expand(word)) for word in container["command"][2:]]
         self.arguments = [self._place(self._expand(word)) for word in container["args"]]
         only_read = [mount["mountPath"] for mount in container["volumeMounts"] if mount.get("readOnly")]
         read_only = [shlex.quote(str(folders[path])) for path in only_read]

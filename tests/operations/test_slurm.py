@@ -31,6 +31,12 @@ if "LOCAL_RANK" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
         return genuine(self, *arguments, **named)
     TrainingStep.run = run
 """
+# A signal before anything handles it: Python reads this ahead of all else.
+EARLY = """
+import os, signal
+if "SLURM_PROCID" in os.environ and "LOCAL_RANK" not in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +64,11 @@ def run(tmp_path: Path, data: Path) -> Run:
 class Submitted:
     """The launcher's job, which fills both nodes, with a rank on each."""
 
-    def __init__(self, cluster: Cluster, run: Run, *overrides: str, slow: bool = False) -> None:
+    def __init__(self, cluster: Cluster, run: Run, *overrides: str, changed: str = "", array: bool = False) -> None:
         self._cluster, self._log = cluster, run.config.with_suffix(".log")
         changes = run.config.with_name("changes")
         changes.mkdir()
-        (changes / "sitecustomize.py").write_text(SLOW if slow else "", encoding="utf-8")
+        (changes / "sitecustomize.py").write_text(changed, encoding="utf-8")
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(changes), os.environ.get("PYTHONPATH", "")]),
@@ -71,6 +77,7 @@ class Submitted:
             "RESTARTS": "0",
         }
         options = ["--nodes", "2", "--exclusive", "--chdir", str(ROOT), "--output", str(self._log)]
+        options += ["--array", "7"] if array else []
         self.number = cluster.submit(
             *options, "launch/slurm.sbatch", str(run.config), *overrides, environment=environment
         )
@@ -118,8 +125,19 @@ def test_a_run_that_fails_is_not_queued_again(cluster: Cluster, run: Run) -> Non
     assert "Traceback" not in job.output
 
 
+def test_a_signal_in_the_first_seconds_is_no_end_of_a_job_of_an_array(cluster: Cluster, run: Run) -> None:
+    job = Submitted(cluster, run, changed=EARLY, array=True)
+    known = job.becomes("COMPLETED")
+    assert known["Restarts"] == "1" and known["ArrayTaskId"] == "7"
+    assert re.findall(r"^job (\d+)_7, start (\d) on ", job.output, re.MULTILINE) == [
+        (job.number, "1"),
+        (job.number, "2"),
+    ]
+    assert run.status["state"] == "finished"
+
+
 def test_a_run_that_is_preempted_goes_on_later(cluster: Cluster, run: Run, undisturbed: Run) -> None:
-    job = Submitted(cluster, run, slow=True)
+    job = Submitted(cluster, run, changed=SLOW)
     job.reaches(5)
     options = ["--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     other = cluster.submit(*options, "--wrap", "sleep 1")
@@ -129,7 +147,7 @@ def test_a_run_that_is_preempted_goes_on_later(cluster: Cluster, run: Run, undis
 
 
 def test_a_run_that_is_out_of_time_goes_on_in_another_job_time(cluster: Cluster, run: Run, undisturbed: Run) -> None:
-    job = Submitted(cluster, run, slow=True)
+    job = Submitted(cluster, run, changed=SLOW)
     job.reaches(5)
     # Less than the 180 s ahead of the limit at which the launcher wants to be told.
     cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")
@@ -140,12 +158,12 @@ def test_a_run_that_is_out_of_time_goes_on_in_another_job_time(cluster: Cluster,
 
 
 def test_a_run_that_is_cancelled_stays_away(cluster: Cluster, run: Run) -> None:
-    job = Submitted(cluster, run, slow=True)
+    job = Submitted(cluster, run, changed=SLOW)
     job.reaches(5)
     cluster.command("scancel", job.number)
     job.becomes("CANCELLED")
     cluster.wait_until(lambda: run.status["state"] == "resume", "the run to be saved", DEADLINE)
-    cluster.wait_until(lambda: "EndTime" in cluster.job(job.number) and cluster.is_idle(), "idle nodes", DEADLINE)
+    cluster.wait_until(cluster.is_idle, "idle nodes", DEADLINE)
     known = cluster.job(job.number)
     assert known["JobState"] == "CANCELLED" and known["Restarts"] == "0"
     assert run.newest_commit() == run.status["step"] >= 5
