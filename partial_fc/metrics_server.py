@@ -25,6 +25,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 from partial_fc.certificates import Certificates, Tls, read_password
 
@@ -310,6 +311,10 @@ class _Answer(BaseHTTPRequestHandler):
             if name in self.headers:
                 request[f"HTTP_{name.upper().replace('-', '_')}"] = self.headers[name]
         made: list[Any] = []
+        try:
+            choose_encoder(request.get("HTTP_ACCEPT", ""))
+        except Exception:  # a header that the library can't make sense of: plain text, as for none
+            request.pop("HTTP_ACCEPT", None)
         try:
             body = b"".join(self._metrics_server.exposition(request, lambda *answer: made.extend(answer)))
         except Exception as error:  # whatever a collector may raise

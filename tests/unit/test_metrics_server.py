@@ -134,6 +134,13 @@ def test_format_compression_and_selection_are_the_clients_choice() -> None:
     assert values(only.body) == {"partial_fc_loss": 2.5}
 
 
+def test_a_format_that_makes_no_sense_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as server:
+        answer = get(server, Accept="application/openmetrics-text;version=banana")
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain; version=")
+    assert values(answer.body)["partial_fc_loss"] == 2.5 and not caplog.records
+
+
 def test_head_is_get_without_the_body() -> None:
     with serving() as server, client(server) as connection:
         connection.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
