@@ -5,8 +5,8 @@
 
 ====  ==================================================================================
 0     the run finished, or the workers that were no training ended in order
-75    it was ended by a signal, saved where there was time: the same command goes on
 2     an option's value makes no sense; nothing was started
+75    it was ended by a signal, saved where there was time: the same command goes on
 70    the run failed for good (it diverged, or its commit doesn't fit): starts won't help
 else  that of torchrun: its processes failed
 ====  ==================================================================================
@@ -44,6 +44,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from partial_fc.machine import addresses_towards
 from partial_fc.run_status import OUTCOME
 
 # What argparse ends with; EX_TEMPFAIL and EX_SOFTWARE of sysexits.h: try again later; don't.
@@ -335,12 +336,7 @@ def _own_address(endpoint: str) -> str | None:
 
     None, for that default, where there is no way, or the rendezvous is on this machine by a name for its loopback.
     """
-    host = endpoint.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(OSError, UnicodeError):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing
-            own = str(probe.getsockname()[0])
+    for own in addresses_towards(endpoint.rpartition(":")[0].strip("[]")):
         if not ipaddress.ip_address(own.partition("%")[0]).is_loopback:
             return own
     return None

@@ -34,16 +34,23 @@ class Tls(NamedTuple):
     client_ca: str | None = None
 
 
-def read_password(file: str) -> str:
-    """The first line of a file, without blanks around it, which Prometheus trims in its own file, too.
+def first_line(content: bytes) -> str:
+    """The password of a file: its first line without blanks around it, which Prometheus trims in its own file, too.
 
-    A warning where every user of the machine can read it.
+    Raises:
+        UnicodeDecodeError: it's no text.
+    """
+    return content.decode().partition("\n")[0].strip()
+
+
+def read_password(file: str) -> str:
+    """The password of a file (:func:`first_line`); a warning where every user of the machine can read it.
 
     Raises:
         ConfigError: the file can't be read, or its first line is empty.
     """
     try:
-        line = _read(file, "password_file").decode().partition("\n")[0].strip()
+        line = first_line(_read(file, "password_file"))
     except UnicodeDecodeError:
         raise ConfigError(f"metrics.password_file is {file!r}: got bytes that are no text, expected UTF-8") from None
     if not line:

@@ -88,13 +88,8 @@ class Loop:
 
     def run(self) -> bool:
         """Train to the last step, or until a signal; whether it was the last step."""
-        course, progress, figures, every = (
-            self._course,
-            self._progress,
-            self._figures,
-            self._config.evaluate.every_steps,
-        )
-        council = course.council
+        course, progress, figures = self._course, self._progress, self._figures
+        council, every = course.council, self._config.evaluate.every_steps
         figures.restart_clock(progress.step)
         while True:
             if progress.step >= course.steps:

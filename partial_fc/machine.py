@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,23 @@ from typing import NamedTuple
 def processors() -> int:
     """How many processors this process may use: those of its affinity mask where the system has one, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def addresses_towards(host: str, families: Sequence[int] = (socket.AF_UNSPEC,)) -> Iterator[str]:
+    """This machine's addresses on its ways to another one. Nothing is sent.
+
+    Args:
+        host: a name or address; of one that isn't known there are none.
+        families: of the addresses, such as ``socket.AF_INET``; any, in the system's order.
+    """
+    for wanted in families:
+        with contextlib.suppress(OSError, UnicodeError):
+            found = socket.getaddrinfo(host, 9, family=wanted, type=socket.SOCK_DGRAM)
+            for family, kind, protocol, _, place in found:
+                # A datagram socket: connecting it only chooses the way.
+                with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                    probe.connect(place)
+                    yield str(probe.getsockname()[0])
 
 
 class HostMemory(NamedTuple):

@@ -313,7 +313,7 @@ class _Answer(BaseHTTPRequestHandler):
         made: list[Any] = []
         try:
             choose_encoder(request.get("HTTP_ACCEPT", ""))
-        except Exception:  # a header that the library can't make sense of: plain text, as for none
+        except (TypeError, ValueError):  # a version that the library can't compare: plain text, as for none
             request.pop("HTTP_ACCEPT", None)
         try:
             body = b"".join(self._metrics_server.exposition(request, lambda *answer: made.extend(answer)))

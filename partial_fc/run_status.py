@@ -41,7 +41,7 @@ class Status:
 
     def __init__(self, folder: Path, *, active: bool, tells: bool = False, **content: Any) -> None:
         self._path, self._active, self._content = folder / _FILE, active, content
-        self._outcome = os.environ.get(OUTCOME) if tells else None
+        self._outcome, self._told = os.environ.get(OUTCOME) if tells else None, ""
 
     def write(self, state: str, step: int, **more: Any) -> None:
         """Replace the status; a disk that is full costs a warning, not the run.
@@ -65,12 +65,13 @@ class Status:
 
     def tell(self, state: str) -> None:
         """Tell the launcher of this machine only."""
-        if self._outcome:
+        if self._outcome and state != self._told:
             # Beside it first: on a disk that is full an empty file would take the place of what was told before.
             new = Path(f"{self._outcome}.new")
             try:
                 new.write_text(f"{state}\n", encoding="utf-8")
                 os.replace(new, self._outcome)
+                self._told = state
             except OSError as error:
                 _log.warning("%s can't be written (%s): the launcher won't know the outcome", self._outcome, error)
 

@@ -14,9 +14,11 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from partial_fc.machine import addresses_towards
 
 _FOLDER = "targets"
 
@@ -37,23 +39,12 @@ def reachable_host(address: str, advertise: str | None, rendezvous_host: str | N
     if address not in ("0.0.0.0", "::"):
         return address
     families = [socket.AF_INET] if address == "0.0.0.0" else [socket.AF_INET, socket.AF_INET6]
-    for source in _sources(rendezvous_host, families):
+    for source in addresses_towards(rendezvous_host, families) if rendezvous_host else ():
         found = ipaddress.ip_address(source)
         # A link-local address means something only together with the other side's interface.
         if not (found.is_loopback or found.is_link_local or found.is_unspecified):
             return source
     return socket.gethostname()
-
-
-def _sources(host: str | None, families: Sequence[int]) -> Iterator[str]:
-    """This machine's addresses towards another one."""
-    for family in families if host else ():
-        with contextlib.suppress(OSError, UnicodeError):
-            for _, kind, protocol, _, place in socket.getaddrinfo(host, 9, family=family, type=socket.SOCK_DGRAM):
-                # A datagram socket: connecting it only chooses the way.
-                with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-                    probe.connect(place)
-                    yield probe.getsockname()[0]
 
 
 def targets_of(endpoints: Sequence[tuple[str, int | None]], *, run: str, tls: bool) -> list[dict[str, Any]]:

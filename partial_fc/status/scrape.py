@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from partial_fc.certificates import first_line
 from partial_fc.status.following import open_file
 from partial_fc.status.words import number, plain
 
@@ -106,7 +107,7 @@ def read_access(section: Any, owners: Mapping[str, int]) -> Access:
     if user is not None and (file := text.get("password_file")) is not None:
         try:
             with _own(file, owners) as opened:
-                password = opened.readline(4096).decode().rstrip("\r\n")
+                password = first_line(opened.readline(4096))
         except (OSError, ValueError) as error:
             problems.append(f"metrics.password_file isn't used: {_reason(error)}")
     return Access(certificate, key, user, password, "; ".join(problems) or None)

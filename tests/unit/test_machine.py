@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from partial_fc.machine import HostMemory, host_memory, processors
+from partial_fc.machine import HostMemory, addresses_towards, host_memory, processors
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\nHugePages_Total:       0\n"
 KB = 1024
@@ -84,3 +85,13 @@ def test_a_system_that_does_not_say_has_none(tmp_path: Path, meminfo: str):
 @pytest.mark.parametrize("cgroup", ["", "x", "0::", "::::\n", "0::/../..\n"])
 def test_odd_groups_are_passed_over(tmp_path: Path, cgroup: str):
     assert host_memory(machine(tmp_path, cgroup=cgroup)) == HostMemory(600 * KB, 1000 * KB)
+
+
+def test_the_way_to_this_machine_begins_at_its_loopback():
+    assert list(addresses_towards("127.0.0.1")) == ["127.0.0.1"]
+    assert list(addresses_towards("127.0.0.1", [socket.AF_INET6, socket.AF_INET])) == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("host", ["a..b", "no-such-host.invalid", "x" * 300])
+def test_to_what_is_no_host_there_is_no_way(host: str):
+    assert list(addresses_towards(host)) == []

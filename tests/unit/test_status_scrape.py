@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from partial_fc.certificates import read_password
 from partial_fc.metrics import TrainingMetrics
 from partial_fc.metrics_server import Tls
 from partial_fc.status import scrape as module
@@ -197,6 +198,15 @@ def test_access_comes_of_the_configuration(tmp_path: Path) -> None:
     key = {**SECTION, "tls_key": str(file)}
     assert read_access(key, config).key is None
     assert read_access({**key, "tls_client_ca": "ca.pem"}, config).key == str(file)
+
+
+@pytest.mark.parametrize("content", [b"word \n", b" word\r\nmore\n", "s\u00e9cret two\t".encode()])
+def test_the_password_is_what_the_endpoint_reads(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(content)
+    file.chmod(0o600)
+    access = read_access({**SECTION, "password_file": str(file)}, {"config.yaml": os.geteuid()})
+    assert access.password == read_password(str(file)) == content.decode().split("\n")[0].strip()
 
 
 @pytest.mark.parametrize("section", [None, [], "text", {"user": 3, "password_file": []}, {3: 4}])
