@@ -122,7 +122,9 @@ class MetricsServer:
         with self._changed:
             self._closing.set()
             self._changed.notify_all()
-        self._wake.send(b"\0")
+        # The thread may have seen it by itself, when a client came, and have closed its end.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._wake.send(b"\0")
         self._thread.join()
         self._listener.close()
         self._wake.close()

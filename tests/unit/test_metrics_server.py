@@ -460,6 +460,27 @@ def test_no_thread_at_the_start_is_an_os_error(monkeypatch: pytest.MonkeyPatch) 
         assert get(server).status == 200
 
 
+def test_closing_does_not_mind_that_the_thread_has_ended_by_itself() -> None:
+    with serving() as server:
+        thread, wake, port = server._thread, server._wake, server.port
+        assert thread is not None and wake is not None
+
+        class Late:
+            """A client wakes the thread first."""
+
+            def send(self, data: bytes) -> int:
+                with socket.create_connection(("127.0.0.1", port)):
+                    thread.join(30)
+                assert not thread.is_alive()
+                return wake.send(data)
+
+            def close(self) -> None:
+                wake.close()
+
+        server._wake = Late()  # type: ignore[assignment]
+        server.close()
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Pair, Pair]:
     folder = tmp_path_factory.mktemp("pems")
