@@ -87,7 +87,7 @@ class Figures:
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Count a step, and take what it left, which is read later: on a GPU the log may be far away."""
-        self._metrics.record_step(self._training_step.local_samples, reached_step=step + 1)
+        self._metrics.record_step(self._training_step.local_samples, step + 1)
         self._unread.append((step, outcome))
 
     def drop(self) -> None:
@@ -119,21 +119,21 @@ class Figures:
         stats = self._head.stats if self._done else None
         self._last = {"loss": read[-1].loss if self._done else None, **_of_head(stats)}
         norms = read[-1].outcome.gradient_norms
-        self._metrics.record_step(
-            0,
-            steps=0,
+        self._metrics.record_figures(
+            {
+                **self._last,
+                "loss_scale": self._scale.scale,
+                "epoch": samples / self._pass,
+                "data_queue_batches": self._stream.ready,
+                "data_queue_capacity": self._stream.room,
+            },
             skipped=sum(not step.applied for step in read),
             learning_rates=rates,
             gradient_norms={
                 group: float(norm) for group, norm in zip(GROUPS, norms, strict=True) if norm is not None and self._done
             },
             centre_norms=None if stats is None or stats.centre_norms is None else stats.centre_norms.tolist(),
-            loss_scale=self._scale.scale,
-            epoch=samples / self._pass,
-            data_queue_batches=self._stream.ready,
-            data_queue_capacity=self._stream.room,
         )
-        self._metrics.measure(self._last)
         self._metrics.record_decode_errors(self._stream.decode_errors)
         self._metrics.record_sent(self._training_step.sent)
         return read

@@ -41,7 +41,7 @@ GPU_MEMORY = ("allocated", "reserved", "peak")
 # From a head on a GPU (a few ms) to a backbone on CPUs (tens of seconds).
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-# What record_step takes beside counts, by name.
+# What record_figures takes, by name.
 _MEASURED = {
     "loss": "Mean loss of the global batch of the last step that was read.",
     "target_cosine": "Mean cosine of embeddings and their own class centre, over the global batch.",
@@ -192,35 +192,44 @@ class TrainingMetrics:
             raise ConfigError(f"phase is {phase!r}: expected one of {', '.join(PHASES)}")
         self._phases.labels(phase).observe(seconds)
 
-    def record_step(
+    def record_step(self, samples: int, reached_step: int) -> None:
+        """Count a step.
+
+        Args:
+            samples: of this rank.
+            reached_step: steps that the run has done by now.
+        """
+        self._samples.inc(samples)
+        self._steps.inc()
+        self._measured["reached_step"].set(reached_step)
+
+    def record_figures(
         self,
-        samples: int,
+        measured: Mapping[str, float | None],
         *,
-        steps: int = 1,
         skipped: int = 0,
         learning_rates: Mapping[str, float] | None = None,
         gradient_norms: Mapping[str, float] | None = None,
         centre_norms: Sequence[float] | None = None,
-        **measured: float | None,
     ) -> None:
-        """Count steps; and set what was measured with them. A value that is None stays as it was.
+        """Set what was measured since the last call. What is None, or isn't given, stays as it was.
 
         Args:
-            samples: samples of this rank in these steps.
-            steps: steps since the last call, those without an update included.
-            skipped: how many of them were without an update.
+            measured: by name, the gauges of no label, such as ``loss``.
+            skipped: steps without an update.
             learning_rates: by group, one of ``GROUPS``.
             gradient_norms: likewise.
             centre_norms: smallest and largest norm of the centres that this rank walked.
-            measured: see :meth:`measure`.
 
         Raises:
             ConfigError: for another group or name: label values and metrics are a fixed set.
         """
-        self._samples.inc(samples)
-        self._steps.inc(steps)
         self._skipped.inc(skipped)
-        self.measure(measured)
+        for name, value in measured.items():
+            if name not in self._measured:
+                raise ConfigError(f"a measured value is {name!r}: expected one of {', '.join(self._measured)}")
+            if value is not None:
+                self._measured[name].set(value)
         for gauge, by_group in ((self._learning_rate, learning_rates), (self._gradient_norm, gradient_norms)):
             for group, value in (by_group or {}).items():
                 if group not in GROUPS:
@@ -238,19 +247,7 @@ class TrainingMetrics:
         """
         for nearest in NEAREST:
             self._nearest.labels(str(nearest)).set(cosines[nearest])
-        self.measure({"nearest_accuracy": accuracy})
-
-    def measure(self, values: Mapping[str, float | None]) -> None:
-        """Set gauges of no label by their names, such as ``loss``; None leaves one as it was.
-
-        Raises:
-            ConfigError: for another name.
-        """
-        for name, value in values.items():
-            if name not in self._measured:
-                raise ConfigError(f"a measured value is {name!r}: expected one of {', '.join(self._measured)}")
-            if value is not None:
-                self._measured[name].set(value)
+        self._measured["nearest_accuracy"].set(accuracy)
 
     def record_decode_errors(self, so_far: Mapping[str, int]) -> None:
         """Count samples that were replaced because they could not be read.

@@ -72,7 +72,8 @@ def served(folder: Path, ranks: int = 2) -> Iterator[list[TrainingMetrics]]:
         metrics = [opened.enter_context(TrainingMetrics(rank, ranks)) for rank in range(ranks)]
         for rank, one in enumerate(metrics):
             one.start(0)
-            one.record_step(1, reached_step=103.0 + rank, data_queue_batches=2.0, data_queue_capacity=4.0, epoch=1.5)
+            one.record_step(1, 103 + rank)
+            one.record_figures({"data_queue_batches": 2.0, "data_queue_capacity": 4.0, "epoch": 1.5})
         write_targets(folder, targets_of([("127.0.0.1", one.port) for one in metrics], run=folder.name, tls=False))
         yield metrics
 

@@ -75,12 +75,9 @@ def value(metrics: TrainingMetrics, name: str, **labels: str) -> float:
 
 
 def a_step(metrics: TrainingMetrics) -> None:
-    metrics.record_step(
-        32,
-        loss=7.5,
-        support_vectors_per_sample=12.25,
-        target_cosine=0.4,
-        sampled_classes=1000,
+    metrics.record_step(32, 1)
+    metrics.record_figures(
+        {"loss": 7.5, "support_vectors_per_sample": 12.25, "target_cosine": 0.4, "sampled_classes": 1000},
         learning_rates={"backbone": 0.1, "head": 0.2},
     )
 
@@ -148,9 +145,11 @@ def test_names_follow_the_conventions() -> None:
 def test_a_step_is_counted_and_its_values_are_set() -> None:
     metrics = TrainingMetrics(rank=3, world_size=8, local_rank=1)
     a_step(metrics)
-    metrics.record_step(96, steps=3, skipped=1)
+    for step in (2, 3, 4):
+        metrics.record_step(32, step)
+    metrics.record_figures({"target_cosine": None}, skipped=1)
     assert value(metrics, "samples_total") == 128
-    assert value(metrics, "steps_total") == 4
+    assert value(metrics, "steps_total") == value(metrics, "reached_step") == 4
     assert value(metrics, "skipped_steps_total") == 1
     # What the second call did not measure stays.
     assert value(metrics, "loss") == 7.5
@@ -164,15 +163,10 @@ def test_a_step_is_counted_and_its_values_are_set() -> None:
 
 def test_what_was_measured_stays_until_it_is_measured_again() -> None:
     metrics = TrainingMetrics()
-    metrics.record_step(
-        4,
-        gradient_norms={"backbone": 2.5},
-        centre_norms=[0.5, 3.0],
-        epoch=1.5,
-        reached_step=17,
-    )
+    metrics.record_step(4, 17)
+    metrics.record_figures({"epoch": 1.5}, gradient_norms={"backbone": 2.5}, centre_norms=[0.5, 3.0])
     metrics.record_nearest({1: 0.4, 5: 0.3}, 0.75)
-    metrics.record_step(4, gradient_norms={"head": 7.0}, epoch=None)
+    metrics.record_figures({"epoch": None}, gradient_norms={"head": 7.0})
     assert value(metrics, "gradient_norm", group="backbone") == 2.5
     assert value(metrics, "gradient_norm", group="head") == 7.0
     assert value(metrics, "centre_norm", bound="min") == 0.5 and value(metrics, "centre_norm", bound="max") == 3.0
@@ -232,14 +226,14 @@ def test_labels_are_a_fixed_set() -> None:
     with pytest.raises(ConfigError, match="phase is 'step 17': expected one of data, backbone_forward, "):
         metrics.observe_phase("step 17", 1.0)
     with pytest.raises(ConfigError, match="group is 'bias': expected one of backbone, head"):
-        metrics.record_step(1, learning_rates={"bias": 1.0})
+        metrics.record_figures({}, learning_rates={"bias": 1.0})
     with pytest.raises(ConfigError, match="a measured value is 'los': expected one of loss, target_cosine"):
-        metrics.record_step(1, los=1.0)
+        metrics.record_figures({"los": 1.0})
 
 
 def test_each_has_its_own_registry() -> None:
     first, second = TrainingMetrics(rank=0, world_size=2), TrainingMetrics(rank=1, world_size=2)
-    first.record_step(7)
+    first.record_step(7, 1)
     assert value(first, "samples_total") == 7 and value(second, "samples_total") == 0
     assert not [name for name in REGISTRY._names_to_collectors if name.startswith("partial_fc")]
 

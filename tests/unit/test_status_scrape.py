@@ -35,7 +35,7 @@ def rank(number: int = 0, **options: Any) -> Iterator[int]:
     with TrainingMetrics(number, 2) as metrics:
         metrics.observe_phase("data", 0.25)
         metrics.observe_phase("data", 0.75)
-        metrics.record_step(12, reached_step=7.0)
+        metrics.record_step(12, 7)
         metrics.record_decode_errors({"image": 3})
         metrics.start(0, **options)
         assert metrics.port is not None
