@@ -201,8 +201,13 @@ def test_every_expression_of_rules_and_dashboard_has_data(scraped: Scraped, port
         assert legend == "" or len(names) == len(series), f"{title}: the legend {legend!r} doesn't tell apart {series}"
     value = {name: server.query(name)[0]["value"] for name in recorded()}
     assert value["run:partial_fc_ranks_up:sum"] == value["run:partial_fc_ranks:count"] == 2
-    # The batch is that of both ranks.
-    assert value["run:partial_fc_samples:rate5m"] / value["run:partial_fc_steps:rate5m"] == pytest.approx(12, rel=0.3)
+
+    def is_that_of_both_ranks() -> bool:
+        # Before the second scrape of a rank the sum is one of the other alone.
+        samples, steps = (server.query(f"run:partial_fc_{what}:rate5m") for what in ("samples", "steps"))
+        return bool(samples and steps) and samples[0]["value"] / steps[0]["value"] == pytest.approx(12, rel=0.3)
+
+    scraped.jobs.wait_until(is_that_of_both_ranks, "12 samples a step, the batch of both ranks", DEADLINE)
     assert 0 < value["run:partial_fc_commit_age:seconds"] < DEADLINE
     assert value["run:partial_fc_decode_errors:ratio15m"] == value["run:partial_fc_skipped_steps:ratio15m"] == 0
     assert not server.firing(OF_THE_MACHINE)
